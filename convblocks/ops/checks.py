@@ -1,0 +1,53 @@
+"""Input checks that several operations share. The compiled part says the same words (csrc/op.h); a test compares them."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+FLOATING = (torch.float32, torch.float64, torch.float16, torch.bfloat16)
+
+
+def _size(t: Tensor) -> str:
+    return str(list(t.shape))
+
+
+def _dtype(t: Tensor) -> str:
+    return str(t.dtype).removeprefix("torch.")
+
+
+def feature_map(op: str, x: Tensor) -> None:
+    if x.dim() != 4:
+        raise ValueError(f"{op}: expected a 4-D input (N, C, H, W), got a {x.dim()}-D tensor of size {_size(x)}")
+    if x.dtype not in FLOATING:
+        raise TypeError(f"{op}: expected an input of dtype float32, float64, float16 or bfloat16, got {_dtype(x)}")
+
+
+def parameter(op: str, name: str, t: Tensor | None, x: Tensor) -> None:
+    """A weight or bias: on the input's device, in its dtype, or in float32 with a half-precision input."""
+    if t is None:
+        return
+    if t.device != x.device:
+        raise RuntimeError(f"{op}: expected {name} on {x.device} like the input, got {t.device}")
+    if t.dtype != x.dtype:
+        half = x.dtype in (torch.float16, torch.bfloat16)
+        if not (half and t.dtype == torch.float32):
+            allowed = f"{_dtype(x)} or float32" if half else _dtype(x)
+            raise TypeError(f"{op}: expected {name} of dtype {allowed}, got {_dtype(t)}")
+
+
+def one_dtype(op: str, **parameters: Tensor | None) -> None:
+    given = [(name, t) for name, t in parameters.items() if t is not None]
+    for name, t in given[1:]:
+        if t.dtype != given[0][1].dtype:
+            raise TypeError(f"{op}: expected {name} of dtype {_dtype(given[0][1])} like {given[0][0]}, got {_dtype(t)}")
+
+
+def size(op: str, name: str, t: Tensor | None, ok: bool, expected: str) -> None:
+    if t is not None and not ok:
+        raise ValueError(f"{op}: expected {name} of size {expected}, got {_size(t)}")
+
+
+def one_of(op: str, name: str, value: str, allowed: tuple[str, ...]) -> None:
+    if value not in allowed:
+        raise ValueError(f"{op}: expected {name} to be one of {', '.join(allowed)}, got {value}")

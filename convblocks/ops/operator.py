@@ -1,0 +1,53 @@
+"""Defines an operation: its name in the dispatcher, its checks, its torch reference and the choice of who computes it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from convblocks import backends
+
+_library = torch.library.Library("convblocks", "FRAGMENT")  # alive for ever: its end would take the operators away
+
+
+def memory_format(x: Tensor) -> torch.memory_format:
+    """The memory format of an operation's output: channels_last if x is so laid out (dense or not), else contiguous."""
+    return torch._prims_common.suggest_memory_format(x)
+
+
+class Operator:
+    """One operation. Calling it runs ``torch.ops.convblocks.<name>``, or the backend that ``use_backend`` names.
+
+    With the compiled part the dispatcher operator has kernels, gradients and transforms of its own; without it, it is
+    the reference, which torch differentiates and decomposes.
+    """
+
+    def __init__(self, name: str, schema: str, check: Callable[..., None], reference: Callable[..., Tensor]) -> None:
+        self.name, self.check, self.reference = name, check, reference
+        backends.load_extension()
+        if backends.extension_error is not None:
+            _library.define(f"{name}{schema}", tags=(torch.Tag.pt2_compliant_tag, torch.Tag.flexible_layout))
+            _library.impl(name, self.run_reference, "CompositeImplicitAutograd")
+        self.packet = getattr(torch.ops.convblocks, name)
+        backends.register(self)
+
+    def __call__(self, *args: Any) -> Tensor:
+        if backends.selected != "auto":
+            return self._run_named(backends.selected, args)
+        return self.packet(*args)
+
+    def _run_named(self, backend: str, args: Sequence[Any]) -> Tensor:
+        if backend == "reference":
+            return self.run_reference(*args)
+        reason = backends.why_not(self.name, backend, args[0])
+        if reason is not None:
+            raise RuntimeError(f"{self.name}: expected to run on backend {backend}, got none: {reason}")
+        return self.packet(*args)
+
+    def run_reference(self, *args: Any) -> Tensor:
+        self.check(*args)
+        x: Tensor = args[0]
+        return self.reference(*args).contiguous(memory_format=memory_format(x))
