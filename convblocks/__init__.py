@@ -9,9 +9,24 @@ if not (_Path(__file__).parent / "kernels").is_dir() and (_root / "kernels" / "s
 import torch as _torch  # noqa: E402, F401  (the compiled part links to its libraries)
 
 from convblocks import backends, ops  # noqa: E402
+from convblocks.accelerate import accelerate, is_accelerated, revert  # noqa: E402  (the function hides its package)
 from convblocks.backends import use_backend, why_not  # noqa: E402
+from convblocks.blocks import ECA, EffectiveSqueezeExcite, SimAM, SqueezeExcite, convert_state_dict  # noqa: E402
 
 __version__ = "0.1.0"
-__all__ = ["backends", "ops", "use_backend", "why_not"]
+__all__ = [
+    "ECA",
+    "EffectiveSqueezeExcite",
+    "SimAM",
+    "SqueezeExcite",
+    "accelerate",
+    "backends",
+    "convert_state_dict",
+    "is_accelerated",
+    "ops",
+    "revert",
+    "use_backend",
+    "why_not",
+]
 
 backends.select_from_environment()

@@ -1,0 +1,1 @@
+"""Benchmarks of the operations in ``convblocks.opinfo`` against plain torch (``python -m bench --help``)."""

@@ -1,0 +1,131 @@
+"""What is measured: the cases of a preset, and the same case as a call of ours, of a peer or of the exact reference."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from convblocks.opinfo import OPS, OpInfo, Options, Sample, Size
+
+MODES = ("fwd", "fwd+bwd")  # inference under no_grad; forward, then the gradients of the input and the parameters
+PEER_KINDS = ("eager", "compile")
+PEER_LAYOUTS = ("contiguous", "channels_last")
+
+# Feature maps of ResNet, MobileNet and EfficientNet at batch 1, 8 and 32, then sizes that no kernel is made for.
+NETWORK_SIZES: tuple[Size, ...] = (
+    (1, 96, 56, 56),
+    (1, 32, 112, 112),
+    (8, 64, 56, 56),
+    (8, 256, 28, 28),
+    (8, 512, 14, 14),
+    (8, 1152, 7, 7),
+    (32, 64, 56, 56),
+)
+ODD_SIZES: tuple[Size, ...] = ((4, 40, 28, 28), (2, 100, 33, 33), (16, 24, 112, 112), (3, 72, 57, 31), (1, 1280, 7, 7))
+
+
+@dataclass(frozen=True)
+class Preset:
+    sizes: tuple[Size, ...]
+    dtypes: tuple[torch.dtype, ...]
+    seconds: float  # of timing per case
+
+
+PRESETS = {
+    "quick": Preset(((1, 96, 56, 56), (8, 256, 28, 28), (8, 1152, 7, 7)), (torch.float32,), 2.5),
+    "full": Preset(NETWORK_SIZES + ODD_SIZES, (torch.float32, torch.bfloat16), 4.0),
+}
+
+
+@dataclass(frozen=True)
+class Case:
+    """One interleaved measurement: ours in every layout, the peers, and a copy. It gives one row per layout."""
+
+    op: str
+    options: Options
+    size: Size
+    dtype: torch.dtype
+    mode: str
+    layouts: tuple[str, ...]
+    device: torch.device
+
+    def __str__(self) -> str:
+        size, dtype = ",".join(map(str, self.size)), str(self.dtype).removeprefix("torch.")
+        return f"{self.op} ({size}) {dtype} {self.mode}"
+
+    @property
+    def info(self) -> OpInfo:
+        return OPS[self.op]
+
+    def sample(self, layout: str, seed: int) -> Sample:
+        return self.info.sample(
+            self.size,
+            self.options,
+            dtype=self.dtype,
+            layout=layout,
+            device=self.device,
+            seed=seed,
+            requires_grad=self.mode != "fwd",
+        )
+
+
+def plan(
+    ops: Iterable[str],
+    sizes: Iterable[Size],
+    dtypes: Iterable[torch.dtype],
+    modes: Iterable[str],
+    layouts: tuple[str, ...],
+    device: torch.device,
+) -> list[Case]:
+    return [
+        Case(op, options, size, dtype, mode, layouts, device)
+        for op, dtype, mode in itertools.product(ops, dtypes, modes)
+        for options in OPS[op].bench
+        for size in sizes
+    ]
+
+
+def call(function: Callable[..., Tensor], sample: Sample, case: Case, seed: int) -> Callable[[], tuple[Tensor, ...]]:
+    """A call without arguments that returns the output and, with ``fwd+bwd``, the gradients of all tensor inputs."""
+
+    def forward() -> Tensor:
+        return function(*sample.args, **sample.kwargs)
+
+    if case.mode == "fwd":
+        return lambda: (forward(),)
+    y = forward()
+    generator = torch.Generator().manual_seed(seed + 1)
+    dense = torch.randn(y.shape, generator=generator, dtype=torch.float64).to(case.dtype)
+    # Laid out as this callee lays out its output, so that nobody pays for a conversion.
+    grad = torch.empty_strided(y.shape, y.stride(), dtype=y.dtype, device=y.device).copy_(dense)
+    inputs = sample.tensors()
+
+    def forward_and_backward() -> tuple[Tensor, ...]:
+        y = forward()
+        return (y, *torch.autograd.grad(y, inputs, grad))
+
+    return forward_and_backward
+
+
+def peer(kind: str, reference: Callable[..., Tensor]) -> Callable[..., Tensor]:
+    """The reference as torch runs it: eager, or compiled for exactly these sizes and without graph breaks."""
+    if kind == "eager":
+        return reference
+    compiled: Any = torch.compile(reference, dynamic=False, fullgraph=True)
+    return compiled  # type: ignore[no-any-return]
+
+
+def convert(sample: Sample, layout: str, dtype: torch.dtype | None = None) -> Sample:
+    """The same values with the feature map in ``layout``, one of PEER_LAYOUTS, and all tensors in ``dtype``."""
+    formats = {"contiguous": torch.contiguous_format, "channels_last": torch.channels_last}
+
+    def leaf(t: Tensor) -> Tensor:
+        memory_format = formats[layout] if t is sample.x else torch.preserve_format
+        return t.detach().to(dtype or t.dtype, copy=True, memory_format=memory_format).requires_grad_(t.requires_grad)
+
+    return sample.map(leaf)

@@ -1,0 +1,118 @@
+"""Timing that survives a noisy machine: everything that is compared is sampled in turn, in a new order every round."""
+
+from __future__ import annotations
+
+import contextlib
+import gc
+import random
+import statistics
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+import torch
+
+Call = Callable[[], Any]
+
+
+@dataclass(frozen=True)
+class Timing:
+    """Seconds per call over n samples; q1 and q3 are the quartiles."""
+
+    min: float
+    q1: float
+    median: float
+    q3: float
+    n: int
+
+    @classmethod
+    def of(cls, samples: list[float]) -> Timing:
+        q1, median, q3 = statistics.quantiles(samples, n=4, method="inclusive")
+        return cls(min(samples), q1, median, q3, len(samples))
+
+
+class Clock(Protocol):
+    shortest: float  # seconds that one sample has to last; short calls are repeated for it
+
+    def sample(self, call: Call, repeats: int) -> float:
+        """Seconds per call."""
+
+
+class CpuClock:
+    shortest = 3e-4
+
+    def sample(self, call: Call, repeats: int) -> float:
+        start = time.perf_counter()
+        for _ in range(repeats):
+            call()
+        return (time.perf_counter() - start) / repeats
+
+
+class CudaClock:
+    """Events around one call, with the L2 cache flushed before it, outside the events."""
+
+    shortest = 0.0
+
+    def __init__(self, device: torch.device) -> None:
+        l2: int = torch.cuda.get_device_properties(device).L2_cache_size
+        self._flush = torch.empty(max(4 * l2, 2**28), dtype=torch.uint8, device=device)
+        self._start, self._end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+
+    def sample(self, call: Call, repeats: int) -> float:
+        self._flush.zero_()
+        self._start.record()
+        for _ in range(repeats):
+            call()
+        self._end.record()
+        torch.cuda.synchronize()
+        milliseconds: float = self._start.elapsed_time(self._end)
+        return milliseconds / 1e3 / repeats
+
+
+def graphed(call: Call) -> Call:
+    """The call as the replay of a CUDA graph: the time of its kernels without that of launching them from Python."""
+    side = torch.cuda.Stream()
+    side.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(side):
+        for _ in range(3):
+            call()
+    torch.cuda.current_stream().wait_stream(side)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        call()
+    return graph.replay
+
+
+@contextlib.contextmanager
+def _no_garbage_collection() -> Iterator[None]:
+    was_on = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if was_on:
+            gc.enable()
+
+
+def interleave(
+    calls: dict[str, Call], clock: Clock, seconds: float, seed: int = 0, fewest: int = 7, most: int = 300
+) -> dict[str, Timing]:
+    """Samples every call once per round, for about ``seconds`` in all and at least ``fewest`` rounds."""
+    repeats: dict[str, int] = {}
+    for name, call in calls.items():
+        call()
+        repeats[name] = 1
+        while clock.sample(call, repeats[name]) * repeats[name] < clock.shortest:
+            repeats[name] *= 2
+    samples: dict[str, list[float]] = {name: [] for name in calls}
+    order, shuffle = list(calls), random.Random(seed).shuffle
+    with _no_garbage_collection():
+        start = time.perf_counter()
+        for done in range(most):
+            if done >= fewest and time.perf_counter() - start > seconds:
+                break
+            shuffle(order)
+            for name in order:
+                samples[name].append(clock.sample(calls[name], repeats[name]))
+    return {name: Timing.of(values) for name, values in samples.items()}

@@ -1,0 +1,120 @@
+"""Rules for the attention blocks of other libraries: what they call their layers, and what must hold of these."""
+
+from __future__ import annotations
+
+from collections.abc import Collection
+from functools import partial
+from typing import Any
+
+from torch import nn
+
+from convblocks.accelerate.rule import Refused, Rule
+from convblocks.blocks import eca as eca_block
+from convblocks.blocks import squeeze_excite as squeeze_excite_block
+from convblocks.blocks.arguments import function_of, qualified_name
+from convblocks.ops.gate import ACTIVATIONS, GATES
+
+
+def _child(module: nn.Module, name: str, cls: type[nn.Module]) -> Any:
+    """The child ``name``, which must be of this very class."""
+    found = module._modules.get(name)
+    if type(found) is not cls:
+        got = "missing" if found is None else f"a {qualified_name(type(found))}"
+        raise Refused(f"{name} is {got}, not a torch.nn.{cls.__name__}")
+    return found
+
+
+def _layer(module: nn.Module, name: str, cls: type[nn.Module]) -> Any:
+    layer = _child(module, name, cls)
+    if not {"weight", "bias"} <= layer._parameters.keys():
+        raise Refused(f"{name} computes its weight or bias (pruned, weight norm or spectral norm)")
+    if layer.groups != 1 or set(layer.stride) != {1} or layer.padding_mode != "zeros":
+        raise Refused(f"{name} has groups, a stride or a padding mode")
+    return layer
+
+
+def _pointwise(module: nn.Module, name: str) -> None:
+    layer = _layer(module, name, nn.Conv2d)
+    if layer.kernel_size != (1, 1) or layer.padding not in ((0, 0), "valid", "same"):
+        raise Refused(f"{name} is not a 1x1 convolution")
+
+
+def _function(name: str, allowed: Collection[str], module: nn.Module) -> str:
+    layer = module._modules.get(name)
+    function = None if layer is None else function_of(layer)
+    if function is None or function not in allowed:
+        raise Refused(f"{name} is {layer}; the operation has {', '.join(allowed)}")
+    return function
+
+
+def squeeze_excite(
+    name: str,
+    source: str,
+    fc1: str,
+    activation: str,
+    fc2: str,
+    gate: str,
+    *,
+    norm: str | None = None,
+    pool: str | None = None,
+) -> Rule:
+    """A rule for layers called ``fc1``, ``activation``, ``fc2``, ``gate``, perhaps a ``norm`` and a ``pool``."""
+
+    def check(module: Any) -> None:
+        _pointwise(module, fc1)
+        _pointwise(module, fc2)
+        if norm is not None and type(module._modules[norm]) is not nn.Identity:
+            raise Refused(f"it has a norm between its layers: {module._modules[norm]}")
+        if pool is not None and _child(module, pool, nn.AdaptiveAvgPool2d).output_size not in (1, (1, 1)):
+            raise Refused(f"{pool} does not pool to one pixel")
+
+    return Rule(
+        name,
+        source,
+        "squeeze_excite",
+        squeeze_excite_block.fused_forward(fc1, fc2),
+        channels=lambda module: module._modules[fc1].in_channels,
+        check=check,
+        options={
+            "activation_name": partial(_function, activation, ACTIVATIONS),
+            "gate_name": partial(_function, gate, GATES),
+        },
+        constants={"add_maxpool": False, "has_norm": False},  # an add_maxpool of the module's own goes before
+    )
+
+
+def effective_squeeze_excite(name: str, source: str, fc: str, gate: str) -> Rule:
+    return Rule(
+        name,
+        source,
+        "squeeze_excite",
+        squeeze_excite_block.fused_one_layer_forward(fc),
+        channels=lambda module: module._modules[fc].in_channels,
+        check=partial(_pointwise, name=fc),
+        options={"gate_name": partial(_function, gate, GATES)},
+        constants={"add_maxpool": False},
+    )
+
+
+def eca(name: str, source: str, gate: str, padding_mode: str) -> Rule:
+    def check(module: Any) -> None:
+        if getattr(module, "conv2", None) is not None:
+            raise Refused("it has two convolutions (use_mlp)")
+        layer = _layer(module, "conv", nn.Conv1d)
+        k = layer.kernel_size[0]
+        if (layer.in_channels, layer.out_channels, layer.dilation) != (1, 1, (1,)) or k % 2 == 0:
+            raise Refused("conv is not one filter of an odd number of taps")
+        padding = layer.padding if padding_mode == "zeros" else (module.padding + layer.padding[0],)
+        if padding != (k // 2,):
+            raise Refused("it does not pad to the same number of channels")
+
+    return Rule(
+        name,
+        source,
+        "eca",
+        eca_block.fused_forward,
+        channels=lambda module: 16 + module._modules["conv"].kernel_size[0],  # it takes any number
+        check=check,
+        options={"gate_name": partial(_function, gate, GATES)},
+        constants={"padding_mode": padding_mode},
+    )

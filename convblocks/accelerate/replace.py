@@ -1,0 +1,224 @@
+"""The pass over a model: finds candidates, checks each, replaces it, and undoes that."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import replace
+from fnmatch import fnmatchcase
+from functools import partial
+from typing import Literal
+
+import torch
+from torch import nn
+from torch.nn.utils.parametrize import is_parametrized
+
+from convblocks import backends
+from convblocks.accelerate import verify as verification
+from convblocks.accelerate.classes import RULES
+from convblocks.accelerate.report import Entry, Report
+from convblocks.accelerate.rule import Accelerated, Refused, Rule, become, replacement, restore
+from convblocks.blocks.arguments import qualified_name
+from convblocks.ops.checks import FLOATING
+
+_HOOKS = ("_forward_pre_hooks", "_forward_hooks", "_backward_pre_hooks", "_backward_hooks")
+_WRAPPERS = {
+    "torch._dynamo.eval_frame.OptimizedModule": "it is inside a compiled module: accelerate before torch.compile",
+    "torch.distributed.fsdp.fully_sharded_data_parallel.FullyShardedDataParallel": (
+        "it is inside an FSDP module: accelerate before sharding"
+    ),
+}
+
+
+def _candidates(model: nn.Module) -> Iterator[tuple[str, nn.Module, Rule, str | None]]:
+    """Modules of known classes, of subclasses of these, and scripted ones; with the reason why not if one is plain."""
+    scripted = {rule.source.rpartition(".")[2]: rule for rule in RULES.values()}
+    wrappers: list[tuple[str, str]] = []
+    for name, module in model.named_modules():
+        wrapper = _WRAPPERS.get(qualified_name(type(module)))
+        if wrapper is None and module._compiled_call_impl is not None:
+            wrapper = "it is compiled, or inside a compiled module: accelerate before compile()"
+        if wrapper is not None:
+            wrappers.append((f"{name}." if name else "", wrapper))
+        inside = next((why for prefix, why in wrappers if f"{name}.".startswith(prefix)), None)
+        if isinstance(module, torch.jit.ScriptModule):
+            if module.original_name in scripted:
+                yield name, module, scripted[module.original_name], "it is scripted or traced"
+        elif qualified_name(type(module)) in RULES:
+            yield name, module, RULES[qualified_name(type(module))], inside
+        else:
+            bases = (qualified_name(base) for base in type(module).__mro__)
+            rule = next((RULES[base] for base in bases if base in RULES), None)
+            if rule is not None:
+                yield name, module, rule, _why_subclass(module, rule)
+
+
+def _why_subclass(module: nn.Module, rule: Rule) -> str:
+    if isinstance(module, Accelerated):
+        return "already accelerated"
+    if is_parametrized(module):
+        return "it is parametrized"
+    if any(base.__module__.startswith("torch.distributed.") for base in type(module).__mro__):
+        return "it is wrapped by FSDP: accelerate before sharding"
+    return f"it is a {qualified_name(type(module))}, a subclass of {rule.source}"
+
+
+def _check(module: nn.Module, rule: Rule) -> None:
+    """Raises Refused if something about the module or its children would be lost, or if the rule does not hold."""
+    for name, part in module.named_modules():
+        label = name or "it"
+        if is_parametrized(part):
+            raise Refused(f"{label} is parametrized")
+        if "forward" in part.__dict__:
+            raise Refused(f"the forward of {name or 'the module'} is overridden on the instance")
+        for p in part._parameters.values():
+            if p is not None and type(p) is not nn.Parameter:
+                raise Refused(f"{label} has a {type(p).__name__} for a parameter")
+            if p is not None and p.dtype not in FLOATING:
+                raise Refused(f"{label} has parameters of {p.dtype}")
+    forward = type(module).forward
+    if f"{forward.__module__}.{forward.__qualname__}" != f"{rule.source}.forward":
+        raise Refused("the forward of its class is overridden")
+    rule.check(module)
+    for name, part in module.named_modules():
+        if any(getattr(part, hooks) for hooks in _HOOKS):
+            raise Refused(f"{name or 'it'} has hooks")
+
+
+def _matches(patterns: str | Sequence[str], name: str, module: nn.Module) -> bool:
+    patterns = [patterns] if isinstance(patterns, str) else patterns
+    return any(fnmatchcase(n, p) for p in patterns for n in (name, qualified_name(type(module))))
+
+
+def _plan(name: str, module: nn.Module, rule: Rule, backend: str, verify: str) -> tuple[Entry, Callable[[], None]]:
+    """What will be done to a module, and the act itself; or raises Refused. Changes nothing."""
+    _check(module, rule)
+    cls = replacement(rule, backend)
+    if type(module) is not cls.source:  # type: ignore[attr-defined]
+        raise Refused(f"its class is another {rule.source} than the one that is imported")
+    options = {attribute: read(module) for attribute, read in rule.options.items()}
+    parameter = next(module.parameters())
+    reason = backends.why_not(rule.operation, backend, parameter)
+    if reason is not None:
+        raise RuntimeError(f"accelerate: expected {rule.operation} to run on backend {backend}, got none: {reason}")
+    runs_on = backends.which(rule.operation, parameter) if backend == "auto" else backend
+    entry = Entry(name, rule.source, rule.operation, runs_on, True, "")
+    if verify == "off":
+        entry = replace(entry, reason="not compared")
+    elif parameter.is_meta:
+        entry = replace(entry, reason="not compared: it has no data (meta device)")
+    else:
+        entry = replace(entry, error=verification.error(rule, module, cls, options))
+    return entry, partial(become, module, cls, options)
+
+
+def accelerate(
+    model: nn.Module,
+    *,
+    include: str | Sequence[str] | None = None,
+    exclude: str | Sequence[str] | None = None,
+    filter_fn: Callable[[nn.Module, str], bool] | None = None,
+    backend: str = "auto",
+    verify: Literal["sample", "off"] = "sample",
+    dry_run: bool = False,
+    strict: bool = False,
+) -> Report:
+    """Replaces the blocks of a model that are known to be computed faster, in place, and says what it did.
+
+    A replaced module gets a subclass of its class with another forward; its parameters, its children, the keys of the
+    state dict, ``isinstance``, ``deepcopy``, ``torch.save``, ``train()`` and ``eval()`` are as before. It no longer
+    calls its children, though: hooks on them do not run. Modules that have such hooks, are parametrized, pruned,
+    quantised, compiled, scripted or sharded, or differ in any way from what their class does stay as they are, and the
+    report says why. If later a layer of a replaced module is pruned, parametrized, hooked or replaced by another kind
+    of layer, the original forward runs again.
+
+    Known classes: of timm SEModule, SqueezeExcite of the EfficientNets, SEModule of the legacy SENets,
+    EffectiveSEModule, EseModule, EcaModule and CecaModule; SqueezeExcitation of torchvision; SEModule of
+    segmentation_models_pytorch.
+
+    Call it after ``model.to(...)`` and before ``torch.compile``, ``torch.jit`` and ``fully_shard``.
+    DistributedDataParallel may come before or after.
+
+    Args:
+        model: any module; a replaced one may be the model itself.
+        include, exclude: patterns as of a shell ("layer4.*", "timm.*") for the name of a module in the model or the
+            qualified name of its class. Without include, all.
+        filter_fn: called with a module and its name; False leaves it out.
+        backend: "auto" takes the best backend at every call, and heeds ``use_backend``. "reference", "cpu", "triton" or
+            "cuda" keeps these modules on that one.
+        verify: "sample" compares the output and all gradients of each module with the original's, on copies and a
+            small random input on its device and in its dtype, and leaves it where they do not agree. "off" does not.
+        dry_run: checks and reports only.
+        strict: raises if a module that was asked for cannot be replaced, and replaces none.
+
+    Returns:
+        A report that prints as a table; with ``replaced``, ``skipped`` and ``to_json()``.
+
+    Raises:
+        TypeError: model is not a module.
+        ValueError: an unknown backend or verify.
+        RuntimeError: the named backend cannot run here; or what strict says.
+
+    Example:
+        >>> model = timm.create_model("seresnet50")
+        >>> print(convblocks.accelerate(model))
+    """
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"accelerate: expected a torch.nn.Module, got {type(model).__name__}")
+    if verify not in ("sample", "off"):
+        raise ValueError(f"accelerate: expected verify to be sample or off, got {verify}")
+    if backend not in backends.BACKENDS:
+        raise ValueError(f"accelerate: expected a backend of {', '.join(backends.BACKENDS)}, got {backend}")
+    entries: list[Entry] = []
+    acts: list[Callable[[], None]] = []
+    missing: list[str] = []
+    for name, module, rule, reason in _candidates(model):
+        asked = False
+        if include is not None and not _matches(include, name, module):
+            reason = "not in include"
+        elif exclude is not None and _matches(exclude, name, module):
+            reason = "in exclude"
+        elif filter_fn is not None and not filter_fn(module, name):
+            reason = "filter_fn says no"
+        else:
+            asked = not isinstance(module, Accelerated)
+        try:
+            if reason is not None:
+                raise Refused(reason)
+            entry, act = _plan(name, module, rule, backend, verify)
+            acts.append(act)
+        except Refused as e:
+            entry = Entry(name, rule.source, rule.operation, "", False, str(e))
+            if asked:
+                missing.append(f"{name or 'the model'}: {e}")
+        entries.append(entry)
+    report = Report(type(model).__name__, dry_run, entries)
+    if strict and missing:
+        raise RuntimeError(f"accelerate: expected to replace all that was asked for, got {'; '.join(missing)}")
+    if strict and include is not None and all(e.reason == "not in include" for e in entries):
+        raise RuntimeError(f"accelerate: expected include to match a module of a known class, got {include!r}")
+    if not dry_run:
+        for act in acts:
+            act()
+    return report
+
+
+def revert(model: nn.Module) -> None:
+    """Undoes ``accelerate``: every replaced module in the model gets its own class back, and nothing else changes.
+
+    Raises:
+        TypeError: model is not a module.
+        RuntimeError: a replaced module was parametrized or sharded since.
+
+    Example:
+        >>> convblocks.revert(model)
+    """
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"revert: expected a torch.nn.Module, got {type(model).__name__}")
+    for module in model.modules():
+        if isinstance(module, Accelerated):
+            restore(module)
+
+
+def is_accelerated(module: nn.Module) -> bool:
+    """Whether a module has been replaced by ``accelerate`` (the module itself, not one inside it)."""
+    return isinstance(module, Accelerated)

@@ -1,0 +1,104 @@
+"""What a rule is, and the class that a module of the rule's source becomes."""
+
+from __future__ import annotations
+
+import functools
+import importlib
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+from torch import Tensor, nn
+
+from convblocks import backends
+
+Forward = Callable[[Any, Tensor], Tensor]
+
+
+class Refused(Exception):
+    """Why a module stays as it is."""
+
+
+@dataclass(frozen=True, eq=False)
+class Rule:
+    """How the modules of one foreign class are replaced.
+
+    Args:
+        name: of the class that they become.
+        source: the qualified name of their class. Whoever made a module has imported its library; nothing here does.
+        operation: what runs instead, a name in ``convblocks.ops``.
+        forward: the forward of the new class; it finds the old one in ``self.unfused``.
+        channels: the number of channels that a module takes.
+        check: raises Refused with what keeps a module from being replaced.
+        options: attributes that the forward needs, and how to read each from a module; may raise Refused.
+        constants: attributes that the forward needs and that are the same for all modules of the class.
+    """
+
+    name: str
+    source: str
+    operation: str
+    forward: Forward
+    channels: Callable[[Any], int]
+    check: Callable[[Any], None]
+    options: Mapping[str, Callable[[Any], str]]
+    constants: Mapping[str, Any] = field(default_factory=dict)
+
+
+class Accelerated:
+    """Marks the replacements. Each is a subclass of what it replaces, too, so that ``isinstance`` says what it did."""
+
+    rule: Rule
+    source: type[nn.Module]
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        assert isinstance(self, nn.Module)
+        if name in self._modules:  # the options were read from the child that goes now
+            restore(self)
+        nn.Module.__setattr__(self, name, value)
+
+
+def _on(backend: str, forward: Forward) -> Forward:
+    def forward_on_backend(self: Any, x: Tensor) -> Tensor:
+        with backends.use_backend(backend):
+            return forward(self, x)
+
+    return forward_on_backend
+
+
+@functools.cache
+def replacement(rule: Rule, backend: str) -> type[nn.Module]:
+    """The subclass of the rule's source that runs the operation on a backend. One per backend: "auto" costs no check.
+
+    The class says that it lives in ``convblocks.accelerate.classes``, where unpickling finds (and makes) it.
+    """
+    module, _, name = rule.source.rpartition(".")
+    source = getattr(importlib.import_module(module), name)
+    forward = rule.forward if backend == "auto" else _on(backend, rule.forward)
+    return type(
+        rule.name if backend == "auto" else f"{rule.name}_{backend}",
+        (Accelerated, source),
+        {
+            "__module__": "convblocks.accelerate.classes",
+            "__doc__": f"{rule.source} that runs convblocks.ops.{rule.operation}.",
+            "rule": rule,
+            "source": source,
+            "forward": forward,
+            "unfused": source.forward,
+            **rule.constants,
+        },
+    )
+
+
+def become(module: nn.Module, cls: type[nn.Module], options: Mapping[str, str]) -> None:
+    module.__dict__.update(options)
+    module.__class__ = cls
+
+
+def restore(module: nn.Module) -> None:
+    """Makes a replaced module what it was."""
+    cls: Any = type(module)
+    if "rule" not in vars(cls):
+        raise RuntimeError(f"revert: expected a replaced module as accelerate() left it, got a {cls.__name__} of it")
+    module.__class__ = cls.source
+    for name in cls.rule.options:
+        del module.__dict__[name]

@@ -1,0 +1,20 @@
+"""The classes of timm that are replaced."""
+
+from convblocks.accelerate.gates import eca, effective_squeeze_excite, squeeze_excite
+
+RULES = (
+    squeeze_excite("FastSEModule", "timm.layers.squeeze_excite.SEModule", "fc1", "act", "fc2", "gate", norm="bn"),
+    squeeze_excite(
+        "FastSqueezeExcite",
+        "timm.models._efficientnet_blocks.SqueezeExcite",
+        "conv_reduce",
+        "act1",
+        "conv_expand",
+        "gate",
+    ),
+    squeeze_excite("FastSenetSEModule", "timm.models.senet.SEModule", "fc1", "relu", "fc2", "sigmoid"),
+    effective_squeeze_excite("FastEffectiveSEModule", "timm.layers.squeeze_excite.EffectiveSEModule", "fc", "gate"),
+    effective_squeeze_excite("FastEseModule", "timm.models.hgnet.EseModule", "conv", "sigmoid"),
+    eca("FastEcaModule", "timm.layers.eca.EcaModule", "gate", "zeros"),
+    eca("FastCecaModule", "timm.layers.eca.CecaModule", "gate", "circular"),
+)

@@ -1,0 +1,191 @@
+"""Reads the state dicts of other implementations into the key layout of this package.
+
+A layout is a name and the steps that turn it into ours. A step maps a state dict to a state dict and leaves alone what
+it does not know, so that a block's and a whole network's state dict go through the same steps, and a layout is
+recognised by its steps changing something.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from torch import Tensor, nn
+
+StateDict = dict[str, Any]
+Step = Callable[[StateDict], StateDict]
+
+
+def rename(pattern: str, to: str) -> Step:
+    """A step that gives the keys that match ``pattern`` as a whole another name."""
+    compiled = re.compile(pattern)
+    return lambda sd: {compiled.sub(to, k) if compiled.fullmatch(k) else k: v for k, v in sd.items()}
+
+
+def _rename_layer(sd: StateDict, old: str, new: str) -> StateDict:
+    """Renames a layer, and gives the weight of a linear layer the shape of that of a 1x1 convolution."""
+    converted = {}
+    for key, value in sd.items():
+        if key in (f"{old}.weight", f"{old}.bias"):
+            key = new + key.removeprefix(old)
+            if isinstance(value, Tensor) and value.dim() == 2:
+                value = value[:, :, None, None]
+        converted[key] = value
+    return converted
+
+
+def _is_pointwise(t: Any) -> bool:
+    return isinstance(t, Tensor) and t.dim() in (2, 4) and t.shape[2:].numel() == 1
+
+
+def bottleneck(first: str, second: str, hosts: str = r".*") -> Step:
+    """A step that makes squeeze-excite's ``fc1`` and ``fc2`` of two layers, wherever they squeeze and excite.
+
+    The shapes, [R, C] and [C, R], tell a squeeze-excite from two other layers of these names; ``hosts`` restricts the
+    prefix in addition. An empty prefix counts only where there is nothing but these layers.
+    """
+    host = re.compile(hosts)
+
+    def step(sd: StateDict) -> StateDict:
+        for key in list(sd):
+            prefix = key.removesuffix(f"{first}.weight")
+            alone = all(k.rpartition(".")[0] in (first, second) for k in sd)
+            if prefix == key or not host.fullmatch(prefix) or not (prefix.endswith(".") or alone):
+                continue
+            w1: Any = sd[key]
+            w2: Any = sd.get(f"{prefix}{second}.weight")
+            if _is_pointwise(w1) and _is_pointwise(w2) and w1.shape[:2] == w2.shape[:2][::-1]:
+                sd = _rename_layer(sd, prefix + first, f"{prefix}fc1")
+                sd = _rename_layer(sd, prefix + second, f"{prefix}fc2")
+        return sd
+
+    return step
+
+
+def one_layer(name: str, hosts: str) -> Step:
+    """A step that makes effective squeeze-excite's ``fc`` of a pointwise layer from C to C channels."""
+    host = re.compile(hosts)
+
+    def step(sd: StateDict) -> StateDict:
+        for key, weight in list(sd.items()):
+            prefix = key.removesuffix(f"{name}.weight")
+            alone = all(k.rpartition(".")[0] == name for k in sd)
+            if prefix == key or not (host.fullmatch(prefix) or (prefix == "" and alone)):
+                continue
+            if _is_pointwise(weight) and weight.shape[0] == weight.shape[1]:
+                sd = _rename_layer(sd, prefix + name, f"{prefix}fc")
+        return sd
+
+    return step
+
+
+@dataclass(frozen=True)
+class Layout:
+    name: str
+    steps: tuple[Step, ...]
+
+    def convert(self, sd: StateDict) -> StateDict:
+        for step in self.steps:
+            sd = step(sd)
+        return sd
+
+
+_SE_MODULE = rename(r"(.*\.)?se_module\.(.+)", r"\1se.\2")  # Cadene's networks, and timm's and smp's copies of them
+
+LAYOUTS = (
+    Layout("convblocks", ()),
+    Layout("torchvision", ()),
+    Layout("timm", (_SE_MODULE, bottleneck("conv_reduce", "conv_expand"), one_layer("conv", r".*\batt\."))),
+    # moskomule's senet.pytorch and External-Attention (two linear layers), ECANet
+    Layout("official", (_SE_MODULE, bottleneck("fc.0", "fc.2"), rename(r"(.*\.)eca\.(conv\..+)", r"\1se.\2"))),
+    Layout("pytorchcv", (bottleneck("conv1", "conv2", r"|.*\bse\."), bottleneck("fc1", "fc2"))),
+    Layout(
+        "efficientnet_pytorch",
+        (
+            bottleneck("_se_reduce", "_se_expand", r""),
+            rename(r"(.*\.)_se_reduce\.(.+)", r"\1se.fc1.\2"),
+            rename(r"(.*\.)_se_expand\.(.+)", r"\1se.fc2.\2"),
+        ),
+    ),
+)
+
+
+def _without_wrappers(sd: StateDict) -> StateDict:
+    """Drops the prefixes that DataParallel and torch.compile put before all keys."""
+    for prefix in ("module.", "_orig_mod."):
+        if sd and all(k.startswith(prefix) for k in sd):
+            return _without_wrappers({k.removeprefix(prefix): v for k, v in sd.items()})
+    return sd
+
+
+def _sizes(sd: StateDict) -> dict[str, Any]:
+    return {k: getattr(v, "shape", None) for k, v in sd.items()}
+
+
+def _misfit(sd: StateDict, model: nn.Module) -> list[str]:
+    """What keeps ``model`` from loading ``sd`` strictly."""
+    given, expected = _sizes(sd), _sizes(model.state_dict())
+    optional = {k for k in expected if k.endswith("num_batches_tracked")}  # torch adds it to checkpoints before 0.4.1
+    wrong = [f"no {k}" for k in expected.keys() - given.keys() - optional]
+    wrong += [f"an unknown {k}" for k in given.keys() - expected.keys()]
+    for k in expected.keys() & given.keys():
+        if given[k] != expected[k]:
+            wrong.append(f"{k} of size {list(given[k] or ())} instead of {list(expected[k] or ())}")
+    return sorted(wrong)
+
+
+def convert_state_dict(sd: Mapping[str, Any], source: str | None = None, model: nn.Module | None = None) -> StateDict:
+    """Renames and reshapes the entries of a state dict so that the modules of this package load it strictly.
+
+    Known layouts, of a block or of a whole network: "timm" (EfficientNet's ``conv_reduce`` / ``conv_expand``,
+    ``se_module``, HGNet's one-layer ``att.conv``), "torchvision", "official" (the linear layers ``fc.0`` / ``fc.2`` of
+    senet.pytorch and External-Attention, ECANet's ``eca``), "pytorchcv" (``conv1`` / ``conv2``),
+    "efficientnet_pytorch" (``_se_reduce`` / ``_se_expand``), "convblocks". The prefixes of DataParallel and
+    torch.compile are dropped.
+
+    Args:
+        sd: a state dict; it stays as it is. The result shares its tensors.
+        source: the layout; detected when None.
+        model: the module that is to load the result; helps to tell layouts apart, and is checked against.
+
+    Returns:
+        A new dict in our layout; entries that no layout knows are kept as they are.
+
+    Raises:
+        TypeError: sd is not a mapping from names to tensors.
+        ValueError: an unknown source, keys that fit several layouts in different ways, or a result that ``model``
+            cannot load.
+
+    Example:
+        >>> sd = {"fc.0.weight": torch.randn(4, 64), "fc.2.weight": torch.randn(64, 4)}
+        >>> convblocks.SqueezeExcite(64, 4, bias=False).load_state_dict(convblocks.convert_state_dict(sd))
+    """
+    if not isinstance(sd, Mapping) or not all(isinstance(k, str) for k in sd):
+        raise TypeError(f"convert_state_dict: expected a mapping from names to tensors, got {type(sd).__name__}")
+    nested = [k for k, v in sd.items() if isinstance(v, Mapping)]
+    if nested:
+        raise TypeError(f"convert_state_dict: expected a mapping from names to tensors, got a mapping at {nested[0]!r}")
+    names = [layout.name for layout in LAYOUTS]
+    if source is not None and source not in names:
+        raise ValueError(f"convert_state_dict: expected source to be one of {', '.join(names)}, got {source}")
+    plain = _without_wrappers(dict(sd))
+    results = [plain]
+    for layout in LAYOUTS if source is None else [layout for layout in LAYOUTS if layout.name == source]:
+        result = layout.convert(plain)
+        if all(_sizes(result) != _sizes(r) for r in results):
+            results.append(result)
+    if model is not None:
+        result = min(results, key=lambda r: len(_misfit(r, model)))
+        wrong = _misfit(result, model)
+        if wrong:
+            more = f" and {len(wrong) - 5} more" if len(wrong) > 5 else ""
+            got = ", ".join(wrong[:5]) + more
+            raise ValueError(f"convert_state_dict: expected the state dict of a {type(model).__name__}, got {got}")
+        return result
+    if len(results) > 2:
+        raise ValueError(
+            "convert_state_dict: expected keys of one layout, got keys that fit several: give source or model"
+        )
+    return results[-1]

@@ -1,0 +1,129 @@
+"""``python -m convblocks check``: every operation on every backend that runs here, in a few seconds."""
+
+from __future__ import annotations
+
+import itertools
+import time
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+
+from convblocks import backends
+from convblocks.opinfo import OPS, OpInfo, Sample
+from convblocks.tables import Table
+
+LAYOUTS = ("contiguous", "channels_last")
+
+
+@dataclass
+class Result:
+    """One operation on one backend and device."""
+
+    op: str
+    backend: str
+    device: str
+    reason: str | None = None  # why it cannot run
+    worst: float = 0.0  # the largest error, as a share of what is allowed
+    seconds: float = 0.0
+    cases: int = 0
+    mismatches: list[str] = field(default_factory=list)
+
+
+@dataclass
+class Case:
+    """A call, what float64 makes of it and what torch makes of it in its own dtype: the output, then the gradients."""
+
+    words: str
+    sample: Sample
+    grad: Tensor
+    exact: list[Tensor]
+    plain: list[Tensor]
+
+
+def cases(info: OpInfo, device: str) -> Iterator[Case]:
+    """Each option in each dtype and layout, each time at another size."""
+    for i, (options, dtype, layout) in enumerate(itertools.product(info.options, info.dtypes, LAYOUTS)):
+        size = info.sizes[(i + i // len(info.sizes)) % len(info.sizes)]
+        sample = info.sample(size, options, dtype=dtype, layout=layout, device=device)
+        generator = torch.Generator().manual_seed(1)
+        grad = torch.randn(size, generator=generator, dtype=torch.float64).to(sample.x)
+        exact = run(info.reference, sample.map(Tensor.double), grad.double())
+        plain = run(info.reference, sample, grad)
+        words = f"{options} {str(dtype).removeprefix('torch.')} {layout} {'x'.join(map(str, size))}"
+        yield Case(words, sample, grad, exact, plain)
+
+
+def run(op: Callable[..., Tensor], sample: Sample, grad: Tensor) -> list[Tensor]:
+    sample = sample.map(lambda t: t.detach().requires_grad_())
+    y = op(*sample.args, **sample.kwargs)
+    return [y.detach(), *torch.autograd.grad(y, sample.tensors(), grad)]
+
+
+def error(got: Tensor, exact: Tensor) -> float:
+    """The largest absolute error; infinite where only one of the two is finite."""
+    got = got.double()
+    same = (got == exact) | (got.isnan() & exact.isnan())
+    difference = torch.where(same, 0.0, (got - exact).abs()).nan_to_num(nan=torch.inf)
+    return difference.max().item() if difference.numel() else 0.0
+
+
+def share(got: Tensor, plain: Tensor, exact: Tensor) -> float:
+    """The error as a share of what is allowed: twice torch's own in that dtype, and eight units in the last place.
+
+    Those few units, at the largest value: torch's error in a single number can be zero by luck.
+    """
+    finite = exact[exact.isfinite()].abs()
+    ulps = 8 * torch.finfo(got.dtype).eps * (finite.max().item() if finite.numel() else 0.0)
+    wrong, allowed = error(got, exact), 2 * error(plain, exact) + ulps
+    return wrong / allowed if allowed else (torch.inf if wrong else 0.0)
+
+
+def check(info: OpInfo, backend: str, device: str, cases: Sequence[Case]) -> Result:
+    result = Result(info.name, backend, device, cases=len(cases))
+    start = time.perf_counter()
+    with backends.use_backend(backend):
+        for case in cases:
+            try:
+                shares = list(map(share, run(info.op, case.sample, case.grad), case.plain, case.exact))
+            except RuntimeError as e:
+                result.mismatches.append(f"{case.words}: {str(e).splitlines()[0]}")
+                continue
+            result.worst = max(result.worst, *shares)
+            for i, value in enumerate(shares):
+                if not value <= 1:
+                    what = "output" if i == 0 else f"gradient of input {i - 1}"
+                    result.mismatches.append(f"{case.words}: {what}: {value:.3g} times the error allowed")
+    result.seconds = time.perf_counter() - start
+    return result
+
+
+def results(info: OpInfo) -> Iterator[Result]:
+    """Of every backend: on each device where it runs, or the reason why it runs on none."""
+    devices = ["cpu", *(["cuda"] if torch.cuda.is_available() else [])]
+    prepared = {device: list(cases(info, device)) for device in devices}
+    for backend in backends.BACKENDS[1:]:
+        reasons = {d: backends.why_not(info.name, backend, torch.empty(1, 1, 1, 1, device=d)) for d in devices}
+        if None not in reasons.values():
+            yield Result(info.name, backend, "-", backends.why_not(info.name, backend) or reasons[devices[-1]])
+        for device in devices:
+            if reasons[device] is None:
+                yield check(info, backend, device, prepared[device])
+
+
+def main() -> int:
+    """Prints the table; 1 if a result is wrong."""
+    found = [result for info in OPS.values() for result in results(info)]
+    table = Table("Self-test: forward and gradients against float64", ["operation", "backend", "device", "result"])
+    for r in found:
+        words = f"not run: {r.reason}"
+        if r.reason is None:
+            verdict = f"{len(r.mismatches)} MISMATCHES" if r.mismatches else "ok"
+            words = f"{verdict}, {r.cases} cases, worst error {r.worst:.0%} of what is allowed, {r.seconds:.1f} s"
+        table.add(r.op, r.backend, r.device, words, bad=bool(r.mismatches))
+    table.print()
+    for r in found:
+        for line in r.mismatches[:5]:
+            print(f"{r.op} on {r.backend} ({r.device}): {line}")
+    return int(any(r.mismatches for r in found))

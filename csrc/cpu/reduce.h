@@ -1,0 +1,107 @@
+// Sums over the pixels of each channel, for the two layouts. What is summed is a function of the pixel that returns one
+// vector for each sum; several sums share one read. The order of the additions depends on the sizes only, never on the
+// number of threads, and sums of many terms are built from sums of few.
+#pragma once
+#include <array>
+
+#include "team.h"
+#include "vec.h"
+
+namespace convblocks::cpu {
+
+template <class A, int K>
+using Vecs = std::array<Vec<A>, K>;
+
+// Says "all lanes" where a count of lanes stands at the end of a row.
+struct Full {};
+template <class T>
+inline Vec<Acc<T>> load(const T* p, Full, Acc<T> = 0) {
+  return load(p);
+}
+template <class T>
+inline void store(T* p, Vec<Acc<T>> v, Full) {
+  store(p, v);
+}
+
+// Calls f(i, lanes) over [0, n): a vector at a time, then once with the count that is left.
+template <class T, class F>
+inline void for_lanes(int64_t n, F f) {
+  int64_t i = 0;
+  for (; i + kLanes<T> <= n; i += kLanes<T>) f(i, Full{});
+  if (i < n) f(i, static_cast<int>(n - i));
+}
+
+// NCHW: the K sums of f(i, lanes) -> Vecs<A, K> over the n pixels of a plane.
+template <class T, int K, class F>
+inline std::array<Acc<T>, K> reduce_plane(int64_t n, F f) {
+  using A = Acc<T>;
+  constexpr int kStep = 4, L = kLanes<T>;
+  constexpr int64_t kBlock = 64 * kStep * L;
+  std::array<double, K> total{};
+  for (int64_t begin = 0; begin < n; begin += kBlock) {
+    const int64_t end = std::min(n, begin + kBlock);
+    std::array<Vecs<A, K>, kStep> acc{};
+    int64_t i = begin;
+    for (; i + kStep * L <= end; i += kStep * L) {
+      for (int s = 0; s < kStep; s++) {
+        const Vecs<A, K> v = f(i + s * L, Full{});
+        for (int k = 0; k < K; k++) acc[s][k] += v[k];
+      }
+    }
+    for (; i + L <= end; i += L) {
+      const Vecs<A, K> v = f(i, Full{});
+      for (int k = 0; k < K; k++) acc[0][k] += v[k];
+    }
+    if (i < end) {
+      const Vecs<A, K> v = f(i, static_cast<int>(end - i));
+      for (int k = 0; k < K; k++) acc[1][k] += v[k];
+    }
+    for (int k = 0; k < K; k++) total[k] += sum_lanes((acc[0][k] + acc[1][k]) + (acc[2][k] + acc[3][k]));
+  }
+  std::array<A, K> result;
+  for (int k = 0; k < K; k++) result[k] = static_cast<A>(total[k]);
+  return result;
+}
+
+// channels_last: the K sums of f(pixel, channel, lanes) -> Vecs<A, K> over the pixels, for each of c channels, into
+// out[k * c + channel]. `partial` is workspace of row_sums_size elements.
+inline constexpr int64_t kPixelChunk = 128;
+inline int64_t pixel_chunks(int64_t pixels) { return (pixels + kPixelChunk - 1) / kPixelChunk; }
+template <int K>
+inline int64_t row_sums_size(int64_t pixels, int64_t c) {
+  return pixel_chunks(pixels) * K * c;
+}
+
+template <class T, int K, class F>
+inline void reduce_rows(const Team& team, int64_t pixels, int64_t c, Acc<T>* partial, Acc<T>* out, F f) {
+  using A = Acc<T>;
+  constexpr int kStep = 4;
+  const int64_t chunks = pixel_chunks(pixels);
+  team.split(chunks, kPixelChunk * c, [&](int64_t first, int64_t last) {
+    for (int64_t chunk = first; chunk < last; chunk++) {
+      A* sums = partial + chunk * K * c;
+      std::fill_n(sums, K * c, A(0));
+      const int64_t end = std::min(pixels, (chunk + 1) * kPixelChunk);
+      int64_t p = chunk * kPixelChunk;
+      const auto rows = [&]<int S>(std::integral_constant<int, S>) {
+        for_lanes<T>(c, [&](int64_t i, auto lanes) {
+          Vecs<A, K> acc = f(p, i, lanes);
+          for (int s = 1; s < S; s++) {
+            const Vecs<A, K> v = f(p + s, i, lanes);
+            for (int k = 0; k < K; k++) acc[k] += v[k];
+          }
+          for (int k = 0; k < K; k++) store(sums + k * c + i, load(sums + k * c + i, lanes) + acc[k], lanes);
+        });
+      };
+      for (; p + kStep <= end; p += kStep) rows(std::integral_constant<int, kStep>{});
+      for (; p < end; p++) rows(std::integral_constant<int, 1>{});
+    }
+  });
+  for_lanes<A>(K * c, [&](int64_t i, auto lanes) {
+    Vec<A> total = load(partial + i, lanes);
+    for (int64_t chunk = 1; chunk < chunks; chunk++) total += load(partial + chunk * K * c + i, lanes);
+    store(out + i, total, lanes);
+  });
+}
+
+}  // namespace convblocks::cpu

@@ -1,0 +1,53 @@
+// Who works on a sample: one thread, so that the sample stays in its cache between the passes, or all of them.
+#pragma once
+#include <algorithm>
+
+#include "../kernel.h"
+
+namespace convblocks::cpu {
+
+// Calls f(begin, end) on disjoint ranges of [0, end).
+template <class F>
+void parallel_for(const Context& context, int64_t end, int64_t grain, F f) {
+  if (context.threads == 1 || end <= grain) {
+    if (end > 0) f(int64_t{0}, end);
+    return;
+  }
+  context.parallel_for(
+      end, grain, [](void* data, int64_t begin, int64_t stop) { (*static_cast<F*>(data))(begin, stop); }, &f);
+}
+
+class Team {
+ public:
+  explicit Team(const Context* all) : all_(all) {}  // null: the calling thread alone
+  // Calls f(begin, end) on disjoint ranges of [0, end); an item is about `cost` elements of work.
+  template <class F>
+  void split(int64_t end, int64_t cost, F f) const {
+    if (all_) {
+      parallel_for(*all_, end, std::max<int64_t>(1, kWorth / std::max<int64_t>(cost, 1)), f);
+    } else if (end > 0) {
+      f(int64_t{0}, end);
+    }
+  }
+
+ private:
+  static constexpr int64_t kWorth = 8192;  // elements that are worth waking a thread for
+  const Context* all_;
+};
+
+// Calls f(sample, team): whole samples to threads while there are enough of them, the rest to all threads together.
+template <class F>
+void for_each_sample(const Context& context, int64_t n, int64_t elements, F f) {
+  const Team alone(nullptr), all(&context);
+  if (n * elements < 16384) {
+    for (int64_t i = 0; i < n; i++) f(i, alone);
+    return;
+  }
+  const int64_t whole = n - n % context.threads;
+  parallel_for(context, whole, 1, [&](int64_t begin, int64_t end) {
+    for (int64_t i = begin; i < end; i++) f(i, alone);
+  });
+  for (int64_t i = whole; i < n; i++) f(i, all);
+}
+
+}  // namespace convblocks::cpu

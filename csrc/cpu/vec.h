@@ -1,0 +1,208 @@
+// Vectors of the instruction set a file is compiled for (GCC and Clang vector extensions): loads and stores of every
+// storage type as float or double, reductions, exp. Each shared object is one instruction set, so nothing is chosen here.
+#pragma once
+#include <torch/headeronly/util/BFloat16.h>
+#include <torch/headeronly/util/Half.h>
+
+#include <cmath>
+#include <cstdint>
+#include <cstring>
+#include <type_traits>
+#if defined(__x86_64__)
+#include <immintrin.h>
+#endif
+
+namespace convblocks::cpu {
+
+#if defined(__AVX512F__)
+inline constexpr int kBytes = 64;
+#elif defined(__AVX2__)
+inline constexpr int kBytes = 32;
+#else
+inline constexpr int kBytes = 16;
+#endif
+
+using bf16 = c10::BFloat16;
+using f16 = c10::Half;
+
+// What a storage type is computed in.
+template <class T>
+using Acc = std::conditional_t<std::is_same_v<T, double>, double, float>;
+
+typedef float VecF __attribute__((vector_size(kBytes)));
+typedef double VecD __attribute__((vector_size(kBytes)));
+typedef int32_t VecI __attribute__((vector_size(kBytes)));
+typedef uint32_t VecU __attribute__((vector_size(kBytes)));
+typedef uint16_t VecH __attribute__((vector_size(kBytes / 2)));
+
+template <class A>
+using Vec = std::conditional_t<std::is_same_v<A, double>, VecD, VecF>;
+template <class T>
+inline constexpr int kLanes = kBytes / sizeof(Acc<T>);
+
+template <class V>
+using Lane = std::remove_cvref_t<decltype(std::declval<V>()[0])>;
+
+template <class V>
+inline V splat(Lane<V> a) {
+  return a - V{};  // GCC broadcasts a scalar operand
+}
+
+// --- storage <-> vector -----------------------------------------------------------------------------------------------
+
+inline VecF widen(VecH bits, bf16) { return (VecF)(__builtin_convertvector(bits, VecU) << 16); }
+
+inline VecF widen(VecH bits, f16) {
+#if defined(__AVX512F__)
+  return (VecF)_mm512_cvtph_ps((__m256i)bits);
+#elif defined(__F16C__)
+  return (VecF)_mm256_cvtph_ps((__m128i)bits);
+#else
+  VecF v;
+  for (int i = 0; i < kLanes<f16>; i++) v[i] = static_cast<float>(f16(bits[i], f16::from_bits()));
+  return v;
+#endif
+}
+
+inline VecH narrow(VecF v, bf16) {  // to the nearest, ties to even; a NaN stays one
+  const VecU u = (VecU)v;
+  const VecU rounded = (u + 0x7fff + ((u >> 16) & 1)) >> 16;
+  return __builtin_convertvector(v == v ? rounded : (u >> 16) | 0x40, VecH);
+}
+
+inline VecH narrow(VecF v, f16) {
+#if defined(__AVX512F__)
+  return (VecH)_mm512_cvtps_ph((__m512)v, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
+#elif defined(__F16C__)
+  return (VecH)_mm256_cvtps_ph((__m256)v, _MM_FROUND_TO_NEAREST_INT);
+#else
+  VecH bits;
+  for (int i = 0; i < kLanes<f16>; i++) bits[i] = f16(v[i]).x;
+  return bits;
+#endif
+}
+
+template <class T>
+inline Vec<Acc<T>> load(const T* p) {
+  if constexpr (sizeof(T) == 2) {
+    VecH bits;
+    std::memcpy(&bits, p, sizeof(bits));
+    return widen(bits, T{});
+  } else {
+    Vec<T> v;
+    std::memcpy(&v, p, sizeof(v));
+    return v;
+  }
+}
+
+template <class T>
+inline void store(T* p, Vec<Acc<T>> v) {
+  if constexpr (sizeof(T) == 2) {
+    const VecH bits = narrow(v, T{});
+    std::memcpy(p, &bits, sizeof(bits));
+  } else {
+    std::memcpy(p, &v, sizeof(v));
+  }
+}
+
+// The first `count` lanes; the others are `fill` and nothing is read there.
+template <class T>
+inline Vec<Acc<T>> load(const T* p, int count, Acc<T> fill = 0) {
+  using V = Vec<Acc<T>>;
+#if defined(__AVX512F__)
+  if constexpr (std::is_same_v<T, float>) {
+    return (V)_mm512_mask_loadu_ps((__m512)splat<V>(fill), (1u << count) - 1, p);
+  } else if constexpr (sizeof(T) == 2) {
+    const auto mask = static_cast<__mmask16>((1u << count) - 1);
+    const V v = widen((VecH)_mm256_maskz_loadu_epi16(mask, p), T{});
+    return (V)_mm512_mask_mov_ps((__m512)splat<V>(fill), mask, (__m512)v);
+  }
+#endif
+  V v = splat<V>(fill);
+  for (int i = 0; i < count; i++) v[i] = static_cast<Acc<T>>(p[i]);
+  return v;
+}
+
+template <class T>
+inline void store(T* p, Vec<Acc<T>> v, int count) {
+#if defined(__AVX512F__)
+  const auto mask = static_cast<__mmask16>((1u << count) - 1);
+  if constexpr (std::is_same_v<T, float>) return _mm512_mask_storeu_ps(p, mask, (__m512)v);
+  if constexpr (sizeof(T) == 2) return _mm256_mask_storeu_epi16(p, mask, (__m256i)narrow(v, T{}));
+#endif
+  T lanes[kLanes<T>];
+  store(lanes, v);
+  std::memcpy(p, lanes, count * sizeof(T));
+}
+
+// --- lanes ------------------------------------------------------------------------------------------------------------
+
+inline float sum_lanes(VecF v) {
+#if defined(__AVX512F__)
+  return _mm512_reduce_add_ps((__m512)v);
+#else
+  float s = 0;
+  for (int i = 0; i < kBytes / 4; i++) s += v[i];
+  return s;
+#endif
+}
+
+inline double sum_lanes(VecD v) {
+  double s = 0;
+  for (int i = 0; i < kBytes / 8; i++) s += v[i];
+  return s;
+}
+
+template <class V>
+inline V max_or_nan(V a, V b) {  // a NaN on either side stays, as in torch.amax
+  return (b > a) | (b != b) ? b : a;
+}
+
+template <class V>
+inline Lane<V> max_lanes(V v) {
+  Lane<V> m = v[0];
+  for (size_t i = 1; i < kBytes / sizeof(m); i++) m = v[i] > m || v[i] != v[i] ? v[i] : m;
+  return m;
+}
+
+// --- functions --------------------------------------------------------------------------------------------------------
+
+template <class F>
+inline VecD each_lane(VecD v, F f) {
+  for (int i = 0; i < kBytes / 8; i++) v[i] = f(v[i]);
+  return v;
+}
+template <class F>
+inline VecF each_lane(VecF v, F f) {
+  for (int i = 0; i < kBytes / 4; i++) v[i] = f(v[i]);
+  return v;
+}
+
+inline VecD exp(VecD v) {
+  return each_lane(v, [](double a) { return std::exp(a); });
+}
+
+// Within 1.5 ulp; beyond +-87 it stays at exp(+-87). A NaN stays one.
+inline VecF exp(VecF v) {
+  v = v > 87.f ? splat<VecF>(87.f) : v;
+  v = v < -87.f ? splat<VecF>(-87.f) : v;
+  constexpr float magic = 12582912.f;  // 1.5 * 2^23: adding it leaves the nearest integer in the low bits
+  const VecF shifted = v * 1.44269504088896341f + magic;
+  const VecF n = shifted - magic;
+  const VecF r = (v - n * 0.693359375f) - n * -2.12194440e-4f;
+  VecF p = splat<VecF>(1.9875691500e-4f);
+  p = p * r + 1.3981999507e-3f;
+  p = p * r + 8.3334519073e-3f;
+  p = p * r + 4.1665795894e-2f;
+  p = p * r + 1.6666665459e-1f;
+  p = p * r + 5.0000001201e-1f;
+  p = p * (r * r) + r + 1.f;
+  return p * (VecF)(((VecI)shifted + 127) << 23);
+}
+
+template <class V>
+inline V sigmoid(V v) {
+  return 1 / (1 + exp(-v));
+}
+
+}  // namespace convblocks::cpu

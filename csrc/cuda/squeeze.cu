@@ -1,0 +1,153 @@
+#include "squeeze.h"
+
+namespace convblocks::cuda {
+namespace {
+
+constexpr int kMaxThreads = 256;
+
+// Maximum and ties are always found, as they cost less than the reading, but reduced only where they are wanted.
+template <class T, int V, int P, bool kBackward>
+__global__ void __launch_bounds__(kMaxThreads, 2)
+    pool_kernel(View<const T> x, View<const T> grad, Tiling tiling, Pooled<Acc<T>> out) {
+  using A = Acc<T>;
+  CB_DYN_SHARED(A, shared);
+  const Place at(tiling);
+  A sums[P * (1 + kBackward)] = {};  // of x, then of grad * x
+  A max[P], ties[P] = {};
+  for (int p = 0; p < P; p++) max[p] = -INFINITY;
+  const auto see = [&](const Vec<T, V>& v) {
+#pragma unroll
+    for (int e = 0; e < V; e++) {
+      const A value = static_cast<A>(v.data[e]);
+      sums[e % P] += value;
+      if (kBackward) ties[e % P] = value > max[e % P] ? 1 : ties[e % P] + (value == max[e % P]);
+      max[e % P] = Max()(max[e % P], value);
+    }
+  };
+  if constexpr (kBackward) {
+    for_each_vector<V>(at, x, grad, [&](int64_t, const Vec<T, V>& v, const Vec<T, V>& g) {
+      see(v);
+#pragma unroll
+      for (int e = 0; e < V; e++) sums[P + e % P] += static_cast<A>(v.data[e]) * static_cast<A>(g.data[e]);
+    });
+  } else {
+    for_each_vector<V>(at, x, [&](int64_t, const Vec<T, V>& v) { see(v); });
+  }
+  team_reduce(sums, tiling.width, shared);
+  if (out.max) {
+    A own[P];
+    for (int p = 0; p < P; p++) own[p] = max[p];
+    team_reduce(max, tiling.width, shared, Max());
+    if constexpr (kBackward) {
+      for (int p = 0; p < P; p++) ties[p] = own[p] == max[p] ? ties[p] : A(0);
+      team_reduce(ties, tiling.width, shared);
+    }
+  }
+  if (at.row != 0 || !at.valid) return;
+  for (int p = 0; p < P; p++) {
+    const int64_t i = at.chunk * out.planes + (at.sample * tiling.columns + at.column) * P + p;
+    out.sum[i] = sums[p];
+    if constexpr (kBackward) out.dot[i] = sums[P + p];
+    if (out.max) {
+      out.max[i] = max[p];
+      if constexpr (kBackward) out.ties[i] = ties[p];
+    }
+  }
+}
+
+template <class T, int V, int P, bool kMax>
+__global__ void __launch_bounds__(kMaxThreads, 2)
+    apply_kernel(View<const T> in, View<const T> x, View<T> out, Tiling tiling, Changes<T> source) {
+  using A = Acc<T>;
+  CB_DYN_SHARED(Change<A>, changes);
+  const int tile_planes = tiling.width * P, planes = tiling.teams * tile_planes;
+  const int thread = threadIdx.y * blockDim.x + threadIdx.x, lanes = source.lanes();
+  const int at_a_time = tiling.threads * tiling.teams / lanes;
+  const int64_t channels = tiling.columns * P;
+  for (int i = thread / lanes; i - thread % 32 / lanes < planes; i += at_a_time) {  // a warp stays together
+    const int64_t tile = int64_t{blockIdx.x} * tiling.teams + i / tile_planes;
+    const Quotient group = divide(tile, tiling.groups);
+    const int64_t sample = divide(group.quotient, tiling.chunks).quotient;
+    const int64_t channel = group.remainder * tile_planes + i % tile_planes;
+    const bool valid = i < planes && sample < tiling.samples && channel < channels;
+    const Change<A> change = source(valid ? sample : 0, valid ? channel : 0, channels, thread % lanes);
+    if (valid && thread % lanes == 0) changes[i] = change;
+  }
+  __syncthreads();
+  const Place at(tiling);
+  if (at.count == 0) return;
+  Change<A> mine[P];
+  for (int p = 0; p < P; p++) mine[p] = changes[threadIdx.y * tile_planes + at.lane * P + p];
+  T* const p = at.in(out);
+  const int64_t step = at.step * out.vector;
+  if constexpr (kMax) {
+    for_each_vector<V>(at, in, x, [&](int64_t k, Vec<T, V> v, const Vec<T, V>& xs) {
+#pragma unroll
+      for (int e = 0; e < V; e++) {
+        const Change<A>& c = mine[e % P];
+        const A shift = static_cast<A>(xs.data[e]) == c.max ? c.shift + c.at_max : c.shift;
+        v.data[e] = static_cast<T>(static_cast<A>(v.data[e]) * c.scale + shift);
+      }
+      store(p + k * step, v);
+    });
+  } else {
+    for_each_vector<V>(at, in, [&](int64_t k, Vec<T, V> v) {
+#pragma unroll
+      for (int e = 0; e < V; e++) {
+        v.data[e] = static_cast<T>(static_cast<A>(v.data[e]) * mine[e % P].scale + mine[e % P].shift);
+      }
+      store(p + k * step, v);
+    });
+  }
+}
+
+Tiling stream_tiling(const Layout& layout, int64_t chunks) {
+  const int width = layout.channels_last ? tile_width(layout, layout.vectors ? 8 : 32) : 1;
+  const int64_t vectors = ceil_div(layout.height, chunks) * width;
+  return Tiling(layout, width, std::clamp<int64_t>(ceil_div(vectors, 32 * 8), 1, kMaxThreads / 32) * 32, chunks);
+}
+
+}  // namespace
+
+// Not into many chunks, as each reader of the sums adds them up again.
+Tiling pool_tiling(const Layout& layout) {
+  const Tiling whole = stream_tiling(layout, 1);
+  const int64_t wanted = ceil_div(512, whole.blocks()), most = layout.height * whole.width / (4 * kMaxThreads);
+  return stream_tiling(layout, std::clamp<int64_t>(std::min(wanted, most), 1, 16));
+}
+
+template <class T>
+void pool(const Context& context, const Layout& layout, const Tiling& tiling, const Map& x, const Map* grad,
+          const Pooled<Acc<T>>& pooled) {
+  const auto xs = layout.view<const T>(x), gs = layout.view<const T>(grad ? *grad : x);
+  with_shape<T>(layout, [&]<int V, int P>(Shape<V, P>) {
+    const auto kernel = grad ? pool_kernel<T, V, P, true> : pool_kernel<T, V, P, false>;
+    CB_LAUNCH(kernel, tiling.blocks(), tiling.block(), tiling.reduce_bytes<Acc<T>>(grad ? 2 * P : P), stream_of(context),
+              xs, gs, tiling, pooled);
+  });
+}
+
+template <class T>
+void apply(const Context& context, const Layout& layout, const Map& in, const Map& x, const Map& out,
+           const Changes<T>& changes) {
+  const Tiling whole = stream_tiling(layout, 1);
+  const Tiling tiling = stream_tiling(layout, ceil_div(layout.height * whole.width, 8 * kMaxThreads));
+  const auto ins = layout.view<const T>(in), xs = layout.view<const T>(x);
+  const auto outs = layout.view<T>(out);
+  with_shape<T>(layout, [&]<int V, int P>(Shape<V, P>) {
+    const auto kernel = changes.pooled.max ? apply_kernel<T, V, P, true> : apply_kernel<T, V, P, false>;
+    CB_LAUNCH(kernel, tiling.blocks(), tiling.block(), tiling.teams * tiling.width * P * sizeof(Change<Acc<T>>),
+              stream_of(context), ins, xs, outs, tiling, changes);
+  });
+}
+
+#define CONVBLOCKS_SQUEEZE(T)                                                                          \
+  template void pool<T>(const Context&, const Layout&, const Tiling&, const Map&, const Map*,          \
+                        const Pooled<Acc<T>>&);                                                        \
+  template void apply<T>(const Context&, const Layout&, const Map&, const Map&, const Map&, const Changes<T>&);
+CONVBLOCKS_SQUEEZE(float)
+CONVBLOCKS_SQUEEZE(double)
+CONVBLOCKS_SQUEEZE(f16)
+CONVBLOCKS_SQUEEZE(bf16)
+
+}  // namespace convblocks::cuda

@@ -1,0 +1,182 @@
+// How blocks share a feature map, the same for both layouts.
+//
+// A map is columns of vectors. NCHW: a column is a plane, its vectors are V neighbouring pixels. channels_last: a column
+// is V neighbouring channels, with one vector for each pixel. P is the number of planes in a column: 1 or V. With V = 1,
+// which serves what is not aligned to vectors, P = 1 in both. A tile is `width` columns side by side (1 in NCHW; in
+// channels_last they lie next to each other in memory) and a stretch of vectors along them: what a team of threads reduces
+// or transforms together. A team is one warp, and then a block holds several, or a whole block.
+#pragma once
+#include <algorithm>
+
+#include "element.h"
+
+namespace convblocks::cuda {
+
+// A map as a kernel sees it; strides in elements.
+template <class T>
+struct View {
+  T* data;
+  int64_t sample, column, vector;
+};
+
+struct Layout {
+  bool channels_last, vectors;
+  int vector, planes;                // V, P
+  int64_t samples, columns, height;  // columns of a sample, vectors of a column
+
+  template <class T>
+  View<T> view(const Map& map) const {
+    return {static_cast<T*>(map.data), map.batch, channels_last ? vector : map.channel,
+            channels_last ? map.pixel : vector};
+  }
+};
+
+// The layout that maps of one size share.
+template <class T, size_t K>
+const char* find_layout(int64_t n, int64_t c, int64_t hw, const Map (&maps)[K], Layout& layout) {
+  bool rows = true, planes = true;  // channels lie side by side; pixels do
+  for (const Map& map : maps) {
+    rows &= map.channel == 1 || c == 1;
+    planes &= map.pixel == 1 || hw == 1;
+  }
+  if (!rows && !planes) return "expected maps of one layout: all NCHW or all channels_last";
+  const bool channels_last = rows && (hw == 1 || !planes);
+  bool vectors = kVector<T> > 1 && (channels_last ? c : hw) % kVector<T> == 0;
+  for (const Map& map : maps) {
+    const int64_t apart = channels_last ? map.pixel : map.channel;
+    vectors &= reinterpret_cast<uintptr_t>(map.data) % 16 == 0 && (n == 1 || map.batch % kVector<T> == 0) &&
+               ((channels_last ? hw : c) == 1 || apart % kVector<T> == 0);
+  }
+  const int v = vectors ? kVector<T> : 1;
+  layout = {channels_last, vectors, v, channels_last ? v : 1, n, channels_last ? c / v : c, channels_last ? hw : hw / v};
+  return nullptr;
+}
+
+template <int VECTOR, int PLANES>
+struct Shape {
+  static constexpr int V = VECTOR, P = PLANES;
+};
+
+// Calls f with the layout's vectors and planes as constants.
+template <class T, class F>
+void with_shape(const Layout& layout, F f) {
+  constexpr int V = kVector<T>;
+  if constexpr (V > 1) {
+    if (layout.vectors) return layout.channels_last ? f(Shape<V, V>{}) : f(Shape<V, 1>{});
+  }
+  f(Shape<1, 1>{});
+}
+
+struct Tiling {
+  int64_t samples, columns, height;
+  int64_t groups, chunks, length;  // tiles across a sample; along its columns; vectors along a tile
+  int width, threads, teams;       // columns of a tile; threads of a team; teams of a block
+
+  Tiling(const Layout& l, int width, int threads, int64_t chunks)
+      : samples(l.samples), columns(l.columns), height(l.height), groups(ceil_div(l.columns, width)),
+        chunks(chunks), length(ceil_div(l.height, chunks)), width(width), threads(threads),
+        teams(threads == 32 ? 4 : 1) {
+    this->chunks = ceil_div(height, length);
+  }
+  int64_t tiles() const { return samples * groups * chunks; }
+  unsigned blocks() const { return static_cast<unsigned>(ceil_div(tiles(), teams)); }
+  dim3 block() const { return dim3(threads, teams); }
+  // The most vectors of a thread.
+  __host__ __device__ int64_t held() const { return ceil_div(length, threads / width); }
+  // Shared memory that a team needs to reduce k numbers for each of its columns (reduce.h).
+  template <class A>
+  size_t reduce_bytes(int k) const {
+    return threads == 32 ? 0 : threads / 32 * width * k * sizeof(A);
+  }
+};
+
+// The power of two columns, at most `most`, that cover a sample's columns.
+inline int tile_width(const Layout& l, int most) {
+  int width = 1;
+  while (width < most && width < l.columns) width *= 2;
+  return width;
+}
+
+struct Quotient {
+  int64_t quotient, remainder;
+};
+__device__ inline Quotient divide(int64_t a, int64_t b) {  // of numbers >= 0; 64-bit division takes a hundred steps
+  if ((a | b) >> 32 == 0) {
+    const auto x = static_cast<uint32_t>(a), y = static_cast<uint32_t>(b);
+    return {x / y, x % y};
+  }
+  return {a / b, a % b};
+}
+
+// The part of a map that a thread works on: `count` vectors of one column, `step` apart.
+struct Place {
+  int64_t sample, column, chunk;  // column 0 where the tile reaches beyond the last one: count is 0 there
+  int64_t first, count;
+  int row, step, lane;  // its place in the team: `lane` across, `row` of `step` along
+  bool valid;
+
+  __device__ explicit Place(const Tiling& t) {
+    const int64_t tile = int64_t{blockIdx.x} * blockDim.y + threadIdx.y;
+    const Quotient group = divide(tile, t.groups), part = divide(group.quotient, t.chunks);
+    row = threadIdx.x / t.width;
+    lane = threadIdx.x % t.width;
+    step = blockDim.x / t.width;
+    sample = part.quotient;
+    chunk = part.remainder;
+    column = group.remainder * t.width + lane;
+    valid = sample < t.samples && column < t.columns;
+    if (!valid) sample = column = 0;
+    first = chunk * t.length + row;
+    const int64_t end = min((chunk + 1) * t.length, t.height);
+    count = valid && first < end ? (end - first + step - 1) / step : 0;
+  }
+  template <class T>
+  __device__ T* in(const View<T>& map) const {
+    return map.data + sample * map.sample + column * map.column + first * map.vector;
+  }
+};
+
+// Calls f(k, vector k) for the vectors of a thread, with several loads under way at a time.
+template <int V, class T, class F>
+__device__ void for_each_vector(const Place& at, const View<const T>& map, F f) {
+  constexpr int kBatch = V > 1 ? 4 : 8;
+  const int64_t step = at.step * map.vector;
+  const T* p = at.in(map);
+  for (int64_t k = 0; k < at.count; k += kBatch, p += kBatch * step) {
+    const auto left = static_cast<int>(min(at.count - k, int64_t{kBatch}));
+    Vec<T, V> batch[kBatch];
+#pragma unroll
+    for (int b = 0; b < kBatch; b++) {
+      if (b < left) batch[b] = load<V>(p + b * step);
+    }
+#pragma unroll
+    for (int b = 0; b < kBatch; b++) {
+      if (b < left) f(k + b, batch[b]);
+    }
+  }
+}
+
+// The same for two maps: f(k, vector k of one, vector k of the other).
+template <int V, class T, class F>
+__device__ void for_each_vector(const Place& at, const View<const T>& map, const View<const T>& other, F f) {
+  constexpr int kBatch = V > 1 ? 2 : 4;
+  const int64_t step = at.step * map.vector, other_step = at.step * other.vector;
+  const T *p = at.in(map), *q = at.in(other);
+  for (int64_t k = 0; k < at.count; k += kBatch, p += kBatch * step, q += kBatch * other_step) {
+    const auto left = static_cast<int>(min(at.count - k, int64_t{kBatch}));
+    Vec<T, V> batch[kBatch], other_batch[kBatch];
+#pragma unroll
+    for (int b = 0; b < kBatch; b++) {
+      if (b < left) {
+        batch[b] = load<V>(p + b * step);
+        other_batch[b] = load<V>(q + b * other_step);
+      }
+    }
+#pragma unroll
+    for (int b = 0; b < kBatch; b++) {
+      if (b < left) f(k + b, batch[b], other_batch[b]);
+    }
+  }
+}
+
+}  // namespace convblocks::cuda

@@ -1,0 +1,161 @@
+// The parts of op.h that do not depend on the operation: checks, the call of a kernel, and the loading of kernels.
+#include "op.h"
+
+#include <ATen/FuncTorchTLS.h>
+#include <ATen/Parallel.h>
+#include <ATen/ops/empty.h>
+#include <c10/core/impl/LocalDispatchKeySet.h>
+#include <c10/core/impl/VirtualGuardImpl.h>
+#include <dlfcn.h>
+#include <torch/csrc/stable/c/shim.h>
+
+#include <sstream>
+
+namespace convblocks {
+
+std::string size_of(const Tensor& t) {
+  std::ostringstream s;
+  s << t.sym_sizes();
+  return s.str();
+}
+
+std::string name_of(at::ScalarType dtype) { return std::string(c10::getDtypeNames(dtype).first); }
+
+void check_feature_map(const char* op, const Tensor& x) {
+  TORCH_CHECK_VALUE(x.dim() == 4, op, ": expected a 4-D input (N, C, H, W), got a ", x.dim(), "-D tensor of size ",
+                    size_of(x));
+  const auto t = x.scalar_type();
+  TORCH_CHECK_TYPE(t == at::kFloat || t == at::kDouble || t == at::kHalf || t == at::kBFloat16, op,
+                   ": expected an input of dtype float32, float64, float16 or bfloat16, got ", name_of(t));
+}
+
+void check_parameter(const char* op, const char* name, const std::optional<Tensor>& t, const Tensor& x) {
+  if (!t.has_value()) return;
+  TORCH_CHECK(t->device() == x.device(), op, ": expected ", name, " on ", x.device(), " like the input, got ",
+              t->device());
+  if (t->scalar_type() == x.scalar_type()) return;
+  const bool half = x.scalar_type() == at::kHalf || x.scalar_type() == at::kBFloat16;
+  TORCH_CHECK_TYPE(half && t->scalar_type() == at::kFloat, op, ": expected ", name, " of dtype ",
+                   name_of(x.scalar_type()), half ? " or float32" : "", ", got ", name_of(t->scalar_type()));
+}
+
+void check_same_dtype(const char* op, const char* name, const std::optional<Tensor>& t, const char* first_name,
+                      const Tensor& first) {
+  if (!t.has_value()) return;
+  TORCH_CHECK_TYPE(t->scalar_type() == first.scalar_type(), op, ": expected ", name, " of dtype ",
+                   name_of(first.scalar_type()), " like ", first_name, ", got ", name_of(t->scalar_type()));
+}
+
+void check_grad(const char* op, const Tensor& grad, const Tensor& x) {
+  TORCH_CHECK_VALUE(grad.sym_sizes() == x.sym_sizes(), op, ": expected a gradient of size ", size_of(x), ", got ",
+                    size_of(grad));
+  TORCH_CHECK_TYPE(grad.scalar_type() == x.scalar_type(), op, ": expected a gradient of dtype ",
+                   name_of(x.scalar_type()), ", got ", name_of(grad.scalar_type()));
+  TORCH_CHECK(grad.device() == x.device(), op, ": expected a gradient on ", x.device(), " like the input, got ",
+              grad.device());
+}
+
+int64_t check_one_of(const char* op, const char* argument, std::string_view value,
+                     at::ArrayRef<std::string_view> names) {
+  for (size_t i = 0; i < names.size(); i++) {
+    if (names[i] == value) return static_cast<int64_t>(i);
+  }
+  std::string list;
+  for (const auto& name : names) list += (list.empty() ? "" : ", ") + std::string(name);
+  TORCH_CHECK_VALUE(false, op, ": expected ", argument, " to be one of ", list, ", got ", value);
+}
+
+static std::vector<KernelSlot*>& slots() {
+  static std::vector<KernelSlot*> all;
+  return all;
+}
+
+KernelSlot::KernelSlot(std::string s) : symbol(std::move(s)) { slots().push_back(this); }
+
+// Makes the kernels in a shared object those of a device. The object stays loaded: a call may be running in it.
+static void load_kernels(std::string_view path, std::string_view device) {
+  TORCH_CHECK_VALUE(device == "cpu" || device == "cuda", "convblocks: expected device cpu or cuda, got ", device);
+  void* library = dlopen(std::string(path).c_str(), RTLD_NOW | RTLD_LOCAL);
+  TORCH_CHECK(library, dlerror());
+  for (KernelSlot* slot : slots()) {
+    void* function = dlsym(library, slot->symbol.c_str());
+    TORCH_CHECK(function, path, " has no ", slot->symbol, ": it was built from other sources");
+    (device == "cpu" ? slot->cpu : slot->cuda) = function;
+  }
+}
+
+Call::Call(const char* op, const KernelSlot& slot, const Tensor& x) : op_(op), function_(slot.on(x)), x_(x) {
+  stream = nullptr;
+  if (x.is_cuda()) {
+    stream = c10::impl::VirtualGuardImpl(x.device().type()).getStream(x.device()).native_handle();
+  }
+  threads = at::get_num_threads();
+  workspace = [](const Context& context, size_t bytes) -> void* {
+    const auto& call = static_cast<const Call&>(context);
+    call.kept_.push_back(at::empty({static_cast<int64_t>(bytes)}, call.x_.options().dtype(at::kByte)));
+    return call.kept_.back().data_ptr();
+  };
+  parallel_for = [](int64_t end, int64_t grain, void (*body)(void*, int64_t, int64_t), void* data) {
+    struct Task {
+      void (*body)(void*, int64_t, int64_t);
+      void* data;
+    } task{body, data};
+    // torch's own pool through its C interface: compiled in here, OpenMP would have to match torch's.
+    torch_parallel_for(
+        0, end, grain,
+        [](int64_t begin, int64_t stop, void* t) {
+          const auto& task = *static_cast<Task*>(t);
+          task.body(task.data, begin, stop);
+        },
+        &task);
+  };
+}
+
+void Call::fail(const char* error) const {
+  TORCH_CHECK(false, op_, ": expected the kernel to run on an input of size ", size_of(x_), ", got: ", error);
+}
+
+Dtype dtype_of(const Tensor& t) {
+  switch (t.scalar_type()) {
+    case at::kFloat: return Dtype::f32;
+    case at::kDouble: return Dtype::f64;
+    case at::kHalf: return Dtype::f16;
+    default: return Dtype::bf16;
+  }
+}
+
+static int64_t pixel_stride(const Tensor& t) { return t.size(3) > 1 ? t.stride(3) : t.size(2) > 1 ? t.stride(2) : 1; }
+
+Map map_of(const Tensor& t) {
+  const bool channels_last = t.stride(1) == 1 && t.suggest_memory_format() == at::MemoryFormat::ChannelsLast;
+  return {t.data_ptr(), t.stride(0), t.stride(1), channels_last ? std::max<int64_t>(pixel_stride(t), 1) : 1};
+}
+
+static bool is_walkable(const Tensor& t, at::MemoryFormat format) {
+  const int64_t h = t.size(2), w = t.size(3), pixel = pixel_stride(t);
+  const bool even = h == 1 || w == 1 || t.stride(2) == w * t.stride(3);
+  if (format == at::MemoryFormat::ChannelsLast) return even && (t.size(1) == 1 || t.stride(1) == 1) && pixel >= t.size(1);
+  return even && (h * w == 1 || pixel == 1);
+}
+
+Tensor walkable(const Tensor& t, at::MemoryFormat format) { return is_walkable(t, format) ? t : t.contiguous(format); }
+
+const void* data_of(const std::optional<Tensor>& t) { return t.has_value() ? t->const_data_ptr() : nullptr; }
+
+bool under_transform() {
+  using c10::DispatchKey;
+  return c10::impl::tls_is_dispatch_key_included(DispatchKey::FuncTorchDynamicLayerBackMode) ||
+         c10::impl::tls_is_dispatch_key_included(DispatchKey::FuncTorchDynamicLayerFrontMode);
+}
+
+Tensor empty_map(const Tensor& x) {
+  return at::empty_symint(x.sym_sizes(), x.options(), x.suggest_memory_format());
+}
+
+}  // namespace convblocks
+
+TORCH_LIBRARY_FRAGMENT(convblocks, m) {
+  if (!c10::Dispatcher::singleton().findSchema({"convblocks::_load_kernels", ""})) {
+    m.def("_load_kernels(str path, str device) -> ()", convblocks::load_kernels);
+  }
+}

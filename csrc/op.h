@@ -1,0 +1,304 @@
+// Everything an operation needs to be in the dispatcher, so that its own .cpp is its schema, its checks, its formula and
+// its call of the kernel. An operation is a struct:
+//
+//   struct Simam {
+//     static constexpr const char* name = "simam";
+//     static constexpr const char* schema = "(Tensor x, float e_lambda) -> Tensor";
+//     static constexpr const char* backward_schema = "(Tensor grad, Tensor x, float e_lambda) -> Tensor";
+//     static void check(const Tensor& x, double e_lambda);                         // throws; sizes may be symbolic
+//     static Tensor formula(const Tensor& x, double e_lambda);                     // ATen, differentiable to any order
+//     static Tensor backward_formula(const Tensor& grad, const Tensor& x, double e_lambda);
+//     static void run(const Call&, const Tensor& y, const Tensor& x, double e_lambda);       // the kernel
+//     static void run_backward(const Call&, Grads& grads, const Tensor& grad, const Tensor& x, double e_lambda);
+//   };
+//   CONVBLOCKS_REGISTER(Simam)
+//
+// The first argument is the feature map; gradients come in the order of the tensor arguments, an empty tensor for one
+// that is absent.
+#pragma once
+#include <ATen/TensorOperators.h>
+#include <ATen/core/Tensor.h>
+#include <ATen/core/dispatch/Dispatcher.h>
+#include <c10/core/DeviceGuard.h>
+#include <torch/csrc/autograd/VariableTypeUtils.h>
+#include <torch/csrc/autograd/custom_function.h>
+#include <torch/library.h>
+
+#include <string>
+#include <string_view>
+#include <tuple>
+#include <vector>
+
+#include "kernel.h"
+
+namespace convblocks {
+
+using at::Tensor;
+using Grads = std::vector<Tensor>;
+using torch::autograd::AutogradContext;
+using torch::autograd::variable_list;
+
+// --- words and checks shared by the operations (convblocks/ops/checks.py says the same) -------------------------------
+
+std::string size_of(const Tensor& t);
+std::string name_of(at::ScalarType dtype);
+void check_feature_map(const char* op, const Tensor& x);
+void check_parameter(const char* op, const char* name, const std::optional<Tensor>& t, const Tensor& x);
+void check_same_dtype(const char* op, const char* name, const std::optional<Tensor>& t, const char* first_name,
+                      const Tensor& first);
+void check_grad(const char* op, const Tensor& grad, const Tensor& x);
+// The place of value in names, or an error that lists them.
+int64_t check_one_of(const char* op, const char* argument, std::string_view value, at::ArrayRef<std::string_view> names);
+
+// --- kernels ----------------------------------------------------------------------------------------------------------
+
+// A kernel function by its name in the shared objects; null on a device that has none. Filled in by _load_kernels.
+struct KernelSlot {
+  explicit KernelSlot(std::string symbol);
+  std::string symbol;
+  void* cpu = nullptr;
+  void* cuda = nullptr;
+  void* on(const Tensor& x) const { return x.is_cuda() ? cuda : cpu; }
+};
+
+// One call of a kernel: the context it is lent, and its error turned into an exception.
+class Call : Context {
+ public:
+  Call(const char* op, const KernelSlot& slot, const Tensor& x);
+
+  template <class Args>
+  void operator()(const Args& args) const {
+    using Function = const char* (*)(const Context&, const Args&);
+    if (const char* error = reinterpret_cast<Function>(function_)(*this, args)) fail(error);
+  }
+
+ private:
+  [[noreturn]] void fail(const char* error) const;
+  const char* op_;
+  void* function_;
+  const Tensor& x_;
+  mutable std::vector<Tensor> kept_;
+};
+
+Dtype dtype_of(const Tensor& t);
+Map map_of(const Tensor& t);
+// t as the kernels can walk it: as it is where its strides allow, else a dense copy in memory format `format`.
+Tensor walkable(const Tensor& t, at::MemoryFormat format);
+const void* data_of(const std::optional<Tensor>& t);
+
+// --- registration -----------------------------------------------------------------------------------------------------
+
+bool under_transform();  // a functorch transform (grad, vmap, jvp) is active
+inline bool has_tangent(const Tensor& t) { return torch::autograd::isFwGradDefined(t); }
+inline bool has_tangent(const std::optional<Tensor>& t) { return t.has_value() && has_tangent(*t); }
+template <class T>
+bool has_tangent(const T&) {
+  return false;
+}
+inline bool wants_grad(const Tensor& t) { return t.defined() && t.requires_grad(); }
+inline bool wants_grad(const std::optional<Tensor>& t) { return t.has_value() && wants_grad(*t); }
+template <class T>
+bool wants_grad(const T&) {
+  return false;
+}
+
+Tensor empty_map(const Tensor& x);  // like x, in x's memory format, dense
+inline void append_grad(Grads& grads, const Tensor& t) {
+  grads.push_back(grads.empty() ? empty_map(t) : at::empty_symint(t.sym_sizes(), t.options()));
+}
+inline void append_grad(Grads& grads, const std::optional<Tensor>& t) {
+  grads.push_back(t.has_value() ? at::empty_symint(t->sym_sizes(), t->options()) : at::empty({0}, grads[0].options()));
+}
+template <class T>
+void append_grad(Grads&, const T&) {}
+
+template <class T>
+constexpr bool is_tensor_argument =
+    std::is_same_v<std::decay_t<T>, Tensor> || std::is_same_v<std::decay_t<T>, std::optional<Tensor>>;
+
+template <class Op, class Function = decltype(&Op::formula), class Backward = decltype(&Op::backward_formula)>
+struct Operator;
+
+template <class Op, class... Args, class Gradient, class... BackwardArgs>
+struct Operator<Op, Tensor (*)(Args...), Gradient (*)(BackwardArgs...)> {
+  static std::string backward_name() { return std::string(Op::name) + "_backward"; }
+  static inline KernelSlot forward_slot{std::string("convblocks_") + Op::name};
+  static inline KernelSlot backward_slot{"convblocks_" + backward_name()};
+
+  template <class Signature>
+  static auto handle(const std::string& name) {
+    return c10::Dispatcher::singleton().findSchemaOrThrow(("convblocks::" + name).c_str(), "").typed<Signature>();
+  }
+  static Tensor call(Args... args) {
+    static auto op = handle<Tensor(Args...)>(Op::name);
+    return op.call(args...);
+  }
+  static Gradient call_backward(BackwardArgs... args) {
+    static auto op = handle<Gradient(BackwardArgs...)>(backward_name());
+    return op.call(args...);
+  }
+
+  static Gradient pack(Grads& grads) {
+    if constexpr (std::is_same_v<Gradient, Tensor>) {
+      return grads[0];
+    } else {
+      return pack(grads, std::make_index_sequence<std::tuple_size_v<Gradient>>());
+    }
+  }
+  template <size_t... I>
+  static Gradient pack(Grads& grads, std::index_sequence<I...>) {
+    return Gradient(grads[I]...);
+  }
+  static Grads unpack(const Gradient& gradient) {
+    if constexpr (std::is_same_v<Gradient, Tensor>) {
+      return {gradient};
+    } else {
+      return std::apply([](const auto&... g) { return Grads{g...}; }, gradient);
+    }
+  }
+
+  // Device kernels: where there is nothing to compute, or no kernel, the formula.
+  static Tensor forward(Args... args) {
+    Op::check(args...);
+    const Tensor& x = std::get<0>(std::tie(args...));
+    if (x.numel() == 0 || !forward_slot.on(x)) return Op::formula(args...).contiguous(x.suggest_memory_format());
+    c10::DeviceGuard guard(x.device());
+    Tensor y = empty_map(x);
+    Op::run(Call(Op::name, forward_slot, x), y, args...);
+    return y;
+  }
+  static Grads empty_grads(const Tensor&, Args... args) {
+    Grads grads;
+    (append_grad(grads, args), ...);
+    return grads;
+  }
+  static Gradient backward(BackwardArgs... args) {
+    check_backward(args...);
+    const Tensor& x = std::get<1>(std::tie(args...));
+    if (x.numel() == 0 || !backward_slot.on(x)) {
+      Grads grads = unpack(Op::backward_formula(args...)), like = empty_grads(args...);
+      for (size_t i = 0; i < grads.size(); i++) like[i].copy_(grads[i]);
+      return pack(like);
+    }
+    c10::DeviceGuard guard(x.device());
+    Grads grads = empty_grads(args...);
+    Op::run_backward(Call(Op::name, backward_slot, x), grads, args...);
+    return pack(grads);
+  }
+  static void check_backward(const Tensor& grad, Args... args) {
+    Op::check(args...);
+    check_grad(Op::name, grad, std::get<0>(std::tie(args...)));
+  }
+
+  static Tensor meta(Args... args) {
+    Op::check(args...);
+    return empty_map(std::get<0>(std::tie(args...)));
+  }
+  static Gradient backward_meta(BackwardArgs... args) {
+    check_backward(args...);
+    Grads grads = empty_grads(args...);
+    return pack(grads);
+  }
+
+  // Keeps the arguments and nothing else; the kernel computes the rest again.
+  struct Node : torch::autograd::Function<Node> {
+    static Tensor forward(AutogradContext* ctx, Args... args) {
+      variable_list saved;
+      size_t i = 0;
+      auto keep = [&](const auto& arg) {
+        using T = std::decay_t<decltype(arg)>;
+        if constexpr (std::is_same_v<T, Tensor>) {
+          saved.push_back(arg);
+        } else if constexpr (std::is_same_v<T, std::optional<Tensor>>) {
+          saved.push_back(arg.value_or(Tensor()));
+        } else if constexpr (std::is_same_v<T, std::string_view>) {
+          ctx->saved_data[std::to_string(i)] = std::string(arg);
+        } else {
+          ctx->saved_data[std::to_string(i)] = arg;
+        }
+        i++;
+      };
+      (keep(args), ...);
+      ctx->save_for_backward(std::move(saved));
+      at::AutoDispatchBelowADInplaceOrView guard;
+      return call(args...);
+    }
+    static variable_list backward(AutogradContext* ctx, variable_list grad) {
+      variable_list saved = ctx->get_saved_variables();
+      size_t tensor = 0, i = 0;
+      std::vector<std::string> texts;
+      texts.reserve(sizeof...(Args));
+      auto restore = [&]<class T>(std::type_identity<T>) -> T {
+        i++;
+        if constexpr (std::is_same_v<T, Tensor>) {
+          return saved[tensor++];
+        } else if constexpr (std::is_same_v<T, std::optional<Tensor>>) {
+          const Tensor& t = saved[tensor++];
+          return t.defined() ? std::optional<Tensor>(t) : std::nullopt;
+        } else if constexpr (std::is_same_v<T, std::string_view>) {
+          return texts.emplace_back(ctx->saved_data[std::to_string(i - 1)].toStringRef());
+        } else {
+          return ctx->saved_data[std::to_string(i - 1)].to<T>();
+        }
+      };
+      // Braces: the arguments are restored from left to right.
+      std::tuple<std::decay_t<Args>...> args{restore(std::type_identity<std::decay_t<Args>>())...};
+      Grads grads = unpack(std::apply([&](const auto&... a) { return call_backward(grad[0], a...); }, args));
+      variable_list result;
+      tensor = 0;
+      ((result.push_back(is_tensor_argument<Args> && saved[tensor].defined() ? grads[tensor] : Tensor()),
+        tensor += is_tensor_argument<Args>),
+       ...);
+      return result;
+    }
+  };
+
+  static Tensor autograd(Args... args) {
+    if (under_transform() || (has_tangent(args) || ...)) return (Op::check(args...), Op::formula(args...));
+    if (!(at::GradMode::is_enabled() && (wants_grad(args) || ...))) {
+      at::AutoDispatchBelowADInplaceOrView guard;
+      return call(args...);
+    }
+    return Node::apply(args...);
+  }
+  static Gradient backward_autograd(BackwardArgs... args) {
+    if (under_transform() || (has_tangent(args) || ...) ||
+        (at::GradMode::is_enabled() && (wants_grad(args) || ...))) {
+      return (check_backward(args...), Op::backward_formula(args...));
+    }
+    at::AutoDispatchBelowADInplaceOrView guard;
+    return call_backward(args...);
+  }
+  static Tensor batched(Args... args) { return (Op::check(args...), Op::formula(args...)); }
+
+  static void define(torch::Library& m) {
+    const std::vector<at::Tag> tags{at::Tag::pt2_compliant_tag, at::Tag::flexible_layout};
+    define_once(m, Op::name, Op::schema, tags);
+    define_once(m, backward_name(), Op::backward_schema, tags);
+  }
+  // A second definition of a schema aborts the process, so a copy of this library loaded twice must not make one.
+  static void define_once(torch::Library& m, const std::string& name, const char* schema,
+                          const std::vector<at::Tag>& tags) {
+    if (!c10::Dispatcher::singleton().findSchema({"convblocks::" + name, ""})) m.def((name + schema).c_str(), tags);
+  }
+  static void implement(torch::Library& m, decltype(&forward) function, decltype(&backward) backward_function) {
+    m.impl(Op::name, function);
+    m.impl(backward_name().c_str(), backward_function);
+  }
+};
+
+}  // namespace convblocks
+
+#define CONVBLOCKS_REGISTER(Op)                                                                              \
+  TORCH_LIBRARY_FRAGMENT(convblocks, m) { Operator<Op>::define(m); }                                         \
+  TORCH_LIBRARY_IMPL(convblocks, CPU, m) { Operator<Op>::implement(m, Operator<Op>::forward, Operator<Op>::backward); }  \
+  TORCH_LIBRARY_IMPL(convblocks, CUDA, m) { Operator<Op>::implement(m, Operator<Op>::forward, Operator<Op>::backward); } \
+  TORCH_LIBRARY_IMPL(convblocks, Meta, m) {                                                                  \
+    Operator<Op>::implement(m, Operator<Op>::meta, Operator<Op>::backward_meta);                             \
+  }                                                                                                          \
+  TORCH_LIBRARY_IMPL(convblocks, Autograd, m) {                                                              \
+    Operator<Op>::implement(m, Operator<Op>::autograd, Operator<Op>::backward_autograd);                     \
+  }                                                                                                          \
+  TORCH_LIBRARY_IMPL(convblocks, FuncTorchBatched, m) {                                                      \
+    Operator<Op>::implement(m, Operator<Op>::batched, Op::backward_formula);                                 \
+  }

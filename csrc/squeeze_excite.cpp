@@ -1,0 +1,162 @@
+#include "squeeze_excite.h"
+
+#include <ATen/ops/amax.h>
+#include <ATen/ops/empty.h>
+#include <ATen/ops/eq.h>
+#include <ATen/ops/linear.h>
+#include <ATen/ops/matmul.h>
+#include <ATen/ops/mean.h>
+#include <ATen/ops/sum.h>
+
+#include "gate_formula.h"
+#include "op.h"
+
+namespace convblocks {
+
+struct SqueezeExcite {
+  using MaybeTensor = std::optional<Tensor>;
+  using Gradients = std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor>;
+
+  static constexpr const char* name = "squeeze_excite";
+  static constexpr const char* schema =
+      "(Tensor x, Tensor? w1, Tensor? b1, Tensor w2, Tensor? b2, str activation, str gate, bool add_maxpool) -> Tensor";
+  static constexpr const char* backward_schema =
+      "(Tensor grad, Tensor x, Tensor? w1, Tensor? b1, Tensor w2, Tensor? b2, str activation, str gate, "
+      "bool add_maxpool) -> (Tensor, Tensor, Tensor, Tensor, Tensor)";
+
+  static bool is_matrix(const Tensor& w, const c10::SymInt& columns) {
+    const bool ones = w.dim() == 2 || (w.dim() == 4 && w.sym_size(2) == 1 && w.sym_size(3) == 1);
+    return ones && w.sym_size(1) == columns;
+  }
+
+  static void check(const Tensor& x, const MaybeTensor& w1, const MaybeTensor& b1, const Tensor& w2,
+                    const MaybeTensor& b2, std::string_view activation, std::string_view gate, bool add_maxpool) {
+    check_feature_map(name, x);
+    check_parameter(name, "w1", w1, x);
+    check_parameter(name, "b1", b1, x);
+    check_parameter(name, "w2", w2, x);
+    check_parameter(name, "b2", b2, x);
+    check_same_dtype(name, "w1", w1, "w2", w2);
+    check_same_dtype(name, "b1", b1, "w2", w2);
+    check_same_dtype(name, "b2", b2, "w2", w2);
+    const auto c = x.sym_size(1);
+    auto r = c;
+    if (w1.has_value()) {
+      TORCH_CHECK_VALUE(is_matrix(*w1, c) && w1->sym_size(0) > 0, name, ": expected w1 of size [R, ", c, "] or [R, ", c,
+                        ", 1, 1], got ", size_of(*w1));
+      r = w1->sym_size(0);
+    } else {
+      TORCH_CHECK_VALUE(!b1.has_value(), name, ": expected b1 only with w1, got b1 of size ", size_of(*b1));
+    }
+    TORCH_CHECK_VALUE(!b1.has_value() || (b1->dim() == 1 && b1->sym_size(0) == r), name, ": expected b1 of size [", r,
+                      "], got ", size_of(*b1));
+    TORCH_CHECK_VALUE(is_matrix(w2, r) && w2.sym_size(0) == c, name, ": expected w2 of size [", c, ", ", r, "] or [", c,
+                      ", ", r, ", 1, 1], got ", size_of(w2));
+    TORCH_CHECK_VALUE(!b2.has_value() || (b2->dim() == 1 && b2->sym_size(0) == c), name, ": expected b2 of size [", c,
+                      "], got ", size_of(*b2));
+    check_one_of(name, "activation", activation, kActivationNames);
+    check_one_of(name, "gate", gate, kGateNames);
+    TORCH_CHECK_VALUE(!add_maxpool || x.sym_size(2) * x.sym_size(3) > 0, name,
+                      ": expected at least one pixel to take the maximum of, got an input of size ", size_of(x));
+  }
+
+  static Activation activation_of(std::string_view text) {
+    return static_cast<Activation>(check_one_of(name, "activation", text, kActivationNames));
+  }
+  static Gate gate_of(std::string_view text) { return static_cast<Gate>(check_one_of(name, "gate", text, kGateNames)); }
+
+  static Tensor matrix(const Tensor& w, const Tensor& x) { return w.flatten(1).to(x.scalar_type()); }
+  static MaybeTensor bias(const MaybeTensor& b, const Tensor& x) {
+    return b.has_value() ? MaybeTensor(b->to(x.scalar_type())) : b;
+  }
+
+  struct Terms {
+    Tensor max, pooled, hidden, active, logit, gate;  // max and hidden only where there are such
+  };
+  static Terms terms(const Tensor& x, const MaybeTensor& w1, const MaybeTensor& b1, const Tensor& w2,
+                     const MaybeTensor& b2, std::string_view activation, std::string_view gate, bool add_maxpool) {
+    Terms s;
+    s.pooled = x.mean({2, 3});
+    if (add_maxpool) {
+      s.max = x.amax({2, 3}, true);
+      s.pooled = 0.5 * s.pooled + 0.5 * s.max.flatten(1);
+    }
+    s.active = s.pooled;
+    if (w1.has_value()) {
+      s.hidden = at::linear(s.pooled, matrix(*w1, x), bias(b1, x));
+      s.active = activate(s.hidden, activation_of(activation));
+    }
+    s.logit = at::linear(s.active, matrix(w2, x), bias(b2, x));
+    s.gate = apply_gate(s.logit, gate_of(gate));
+    return s;
+  }
+
+  static Tensor formula(const Tensor& x, const MaybeTensor& w1, const MaybeTensor& b1, const Tensor& w2,
+                        const MaybeTensor& b2, std::string_view activation, std::string_view gate, bool add_maxpool) {
+    return x * terms(x, w1, b1, w2, b2, activation, gate, add_maxpool).gate.unsqueeze(-1).unsqueeze(-1);
+  }
+
+  static Gradients backward_formula(const Tensor& grad, const Tensor& x, const MaybeTensor& w1, const MaybeTensor& b1,
+                                    const Tensor& w2, const MaybeTensor& b2, std::string_view activation,
+                                    std::string_view gate, bool add_maxpool) {
+    const Terms s = terms(x, w1, b1, w2, b2, activation, gate, add_maxpool);
+    const auto plane = [](const Tensor& t) { return t.unsqueeze(-1).unsqueeze(-1); };
+    const auto like = [](const Tensor& g, const Tensor& w) { return g.reshape_symint(w.sym_sizes()).to(w.scalar_type()); };
+    const Tensor none = at::empty({0}, x.options());
+
+    const Tensor dlogit = apply_gate_backward((grad * x).sum({2, 3}), s.logit, s.gate, gate_of(gate));
+    const Tensor dw2 = like(at::matmul(dlogit.t(), s.active), w2);
+    const Tensor db2 = b2.has_value() ? like(dlogit.sum(0), *b2) : none;
+    Tensor dpooled = at::matmul(dlogit, matrix(w2, x)), dw1 = none, db1 = none;
+    if (w1.has_value()) {
+      const Tensor dhidden = activate_backward(dpooled, s.hidden, activation_of(activation));
+      dw1 = like(at::matmul(dhidden.t(), s.pooled), *w1);
+      if (b1.has_value()) db1 = like(dhidden.sum(0), *b1);
+      dpooled = at::matmul(dhidden, matrix(*w1, x));
+    }
+    Tensor dx = grad * plane(s.gate);
+    Tensor share = plane(dpooled) / at::Scalar(x.sym_size(2) * x.sym_size(3));
+    if (add_maxpool) {
+      const Tensor is_max = at::eq(x, s.max).to(x.scalar_type());
+      share = 0.5 * share + 0.5 * plane(dpooled) * is_max / is_max.sum({2, 3}, true);
+    }
+    return {dx + share, dw1, db1, dw2, db2};
+  }
+
+  // The weights as the kernels take them; `dense` keeps copies of the rare ones that are not contiguous alive.
+  static SqueezeExciteWeights weights(const MaybeTensor& w1, const MaybeTensor& b1, const Tensor& w2,
+                                      const MaybeTensor& b2, std::string_view activation, std::string_view gate,
+                                      bool add_maxpool, std::array<MaybeTensor, 4>& dense) {
+    dense = {w1, b1, w2, b2};
+    for (auto& t : dense) {
+      if (t.has_value()) t = t->contiguous();
+    }
+    return {dtype_of(w2),      w1.has_value() ? w1->size(0) : 0, data_of(dense[0]), data_of(dense[1]), data_of(dense[2]),
+            data_of(dense[3]), activation_of(activation),        gate_of(gate),     add_maxpool};
+  }
+
+  static void run(const Call& kernel, const Tensor& y, const Tensor& x, const MaybeTensor& w1, const MaybeTensor& b1,
+                  const Tensor& w2, const MaybeTensor& b2, std::string_view activation, std::string_view gate,
+                  bool add_maxpool) {
+    std::array<MaybeTensor, 4> dense;
+    const auto w = weights(w1, b1, w2, b2, activation, gate, add_maxpool, dense);
+    const Tensor in = walkable(x, y.suggest_memory_format());
+    kernel(SqueezeExciteArgs{dtype_of(x), x.size(0), x.size(1), x.size(2) * x.size(3), w, map_of(in), map_of(y)});
+  }
+
+  static void run_backward(const Call& kernel, Grads& grads, const Tensor& grad, const Tensor& x, const MaybeTensor& w1,
+                           const MaybeTensor& b1, const Tensor& w2, const MaybeTensor& b2, std::string_view activation,
+                           std::string_view gate, bool add_maxpool) {
+    std::array<MaybeTensor, 4> dense;
+    const auto w = weights(w1, b1, w2, b2, activation, gate, add_maxpool, dense);
+    const auto format = x.suggest_memory_format();
+    const Tensor g = walkable(grad, format), in = walkable(x, format);
+    const auto out = [&](size_t i) { return grads[i].numel() ? grads[i].data_ptr() : nullptr; };
+    kernel(SqueezeExciteBackwardArgs{dtype_of(x), x.size(0), x.size(1), x.size(2) * x.size(3), w, map_of(g), map_of(in),
+                                     map_of(grads[0]), out(1), out(2), out(3), out(4)});
+  }
+};
+
+CONVBLOCKS_REGISTER(SqueezeExcite)
+
+}  // namespace convblocks

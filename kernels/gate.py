@@ -1,0 +1,75 @@
+"""The activations and gates of csrc/gate.h and their derivatives, with torch's values at the corners and for NaN."""
+
+import triton
+import triton.language as tl
+
+LEAKY_SLOPE = tl.constexpr(0.01)
+GELU_TANH = tl.constexpr(0.7978845608028654)  # sqrt(2 / pi)
+GELU_CUBE = tl.constexpr(0.044715)
+SQRT_HALF = tl.constexpr(0.7071067811865476)
+NORMAL = tl.constexpr(0.3989422804014327)  # 1 / sqrt(2 pi)
+
+
+@triton.jit
+def _clamp6(x):
+    x = tl.where(x < 0, 0.0, x)  # a comparison keeps NaN, a minimum does not
+    return tl.where(x > 6, 6.0, x)
+
+
+@triton.jit
+def activate(x, ACTIVATION: tl.constexpr):
+    tl.static_assert(ACTIVATION in ("relu", "relu6", "silu", "gelu", "gelu_tanh", "hardswish", "leaky_relu"))
+    if ACTIVATION == "relu":
+        return tl.where(x < 0, 0.0, x)
+    elif ACTIVATION == "relu6":
+        return _clamp6(x)
+    elif ACTIVATION == "silu":
+        return x * tl.sigmoid(x)
+    elif ACTIVATION == "gelu":
+        return 0.5 * x * (1 + tl.erf(x * SQRT_HALF))
+    elif ACTIVATION == "gelu_tanh":
+        return x * tl.sigmoid(2 * GELU_TANH * (x + GELU_CUBE * x * x * x))  # (1 + tanh(z)) / 2 = sigmoid(2 z)
+    elif ACTIVATION == "hardswish":
+        return x * _clamp6(x + 3) / 6
+    else:
+        return tl.where(x > 0, x, x * LEAKY_SLOPE)
+
+
+@triton.jit
+def activate_slope(x, ACTIVATION: tl.constexpr):
+    """The derivative of ``activate`` at x."""
+    if ACTIVATION == "relu":
+        return tl.where(x <= 0, tl.zeros_like(x), 1.0)
+    elif ACTIVATION == "relu6":
+        return tl.where((x <= 0) | (x >= 6), tl.zeros_like(x), 1.0)
+    elif ACTIVATION == "silu":
+        s = tl.sigmoid(x)
+        return s * (1 + x * (1 - s))
+    elif ACTIVATION == "gelu":
+        return 0.5 * (1 + tl.erf(x * SQRT_HALF)) + x * NORMAL * tl.exp(-0.5 * x * x)
+    elif ACTIVATION == "gelu_tanh":
+        s = tl.sigmoid(2 * GELU_TANH * (x + GELU_CUBE * x * x * x))
+        return s + 2 * GELU_TANH * x * s * (1 - s) * (1 + 3 * GELU_CUBE * x * x)
+    elif ACTIVATION == "hardswish":
+        return tl.where(x <= -3, 0.0, tl.where(x < 3, x / 3 + 0.5, 1.0))
+    else:
+        return tl.where(x > 0, tl.full(x.shape, 1.0, x.dtype), LEAKY_SLOPE)
+
+
+@triton.jit
+def apply_gate(x, GATE: tl.constexpr):
+    tl.static_assert(GATE == "sigmoid" or GATE == "hardsigmoid")
+    if GATE == "sigmoid":
+        return tl.sigmoid(x)
+    else:
+        return _clamp6(x + 3) / 6
+
+
+@triton.jit
+def gate_slope(x, GATE: tl.constexpr):
+    """The derivative of ``apply_gate`` at x."""
+    if GATE == "sigmoid":
+        s = tl.sigmoid(x)
+        return s * (1 - s)
+    else:
+        return tl.where((x > -3) & (x < 3), tl.full(x.shape, 1.0 / 6, x.dtype), 0.0)

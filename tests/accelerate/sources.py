@@ -1,0 +1,101 @@
+"""Modules of the foreign classes that accelerate() knows, over their options."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable
+from functools import partial
+from types import ModuleType
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+timm = pytest.importorskip("timm")
+torchvision = pytest.importorskip("torchvision")
+
+from timm.layers import CecaModule, EcaModule, EffectiveSEModule, SEModule  # noqa: E402
+from timm.models._efficientnet_blocks import SqueezeExcite  # noqa: E402
+from timm.models.hgnet import EseModule  # noqa: E402
+from timm.models.senet import SEModule as SenetSEModule  # noqa: E402
+from torchvision.ops.misc import SqueezeExcitation  # noqa: E402
+
+CHANNELS = 24
+
+
+class SmpSEModule(nn.Module):
+    """As the encoders of segmentation_models_pytorch have it, which need not be installed."""
+
+    def __init__(self, channels: int, reduction: int) -> None:
+        super().__init__()
+        self.avg_pool = nn.AdaptiveAvgPool2d(1)
+        self.fc1 = nn.Conv2d(channels, channels // reduction, 1)
+        self.relu = nn.ReLU(inplace=True)
+        self.fc2 = nn.Conv2d(channels // reduction, channels, 1)
+        self.sigmoid = nn.Sigmoid()
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x * self.sigmoid(self.fc2(self.relu(self.fc1(self.avg_pool(x)))))
+
+
+def _as_if_of_smp() -> None:
+    name = "segmentation_models_pytorch.encoders._senet"
+    SmpSEModule.__module__, SmpSEModule.__qualname__ = name, "SEModule"
+    SmpSEModule.forward.__module__, SmpSEModule.forward.__qualname__ = name, "SEModule.forward"
+    module = ModuleType(name)
+    module.SEModule = SmpSEModule  # type: ignore[attr-defined]
+    sys.modules[name] = module
+
+
+_as_if_of_smp()
+
+SOURCES: dict[str, Callable[[], nn.Module]] = {
+    "se": partial(SEModule, CHANNELS),
+    "se-maxpool": partial(SEModule, CHANNELS, add_maxpool=True),
+    "se-no-bias": partial(SEModule, CHANNELS, bias=False),
+    "se-hardsigmoid": partial(SEModule, CHANNELS, gate_layer="hard_sigmoid"),
+    **{
+        f"se-{act}": partial(SEModule, CHANNELS, act_layer=timm.layers.get_act_layer(act))
+        for act in ("relu6", "silu", "gelu", "gelu_tanh", "hard_swish", "leaky_relu")
+    },
+    "se-torch-gelu-tanh": partial(SEModule, CHANNELS, act_layer=lambda inplace: nn.GELU("tanh")),
+    "efficientnet": partial(SqueezeExcite, CHANNELS),
+    "efficientnet-hard": partial(SqueezeExcite, CHANNELS, act_layer="hard_swish", gate_layer="hard_sigmoid"),
+    "senet": partial(SenetSEModule, CHANNELS, 4),
+    "smp": partial(SmpSEModule, CHANNELS, 4),
+    "ese": partial(EffectiveSEModule, CHANNELS),
+    "ese-maxpool-sigmoid": partial(EffectiveSEModule, CHANNELS, add_maxpool=True, gate_layer="sigmoid"),
+    "hgnet": partial(EseModule, CHANNELS),
+    "eca": partial(EcaModule, CHANNELS),
+    "eca-k7": partial(EcaModule, kernel_size=7, gate_layer="hard_sigmoid"),
+    "eca-k1": partial(EcaModule, kernel_size=1),
+    "ceca": partial(CecaModule, kernel_size=5),
+    "ceca-bias": partial(CecaModule, CHANNELS, act_layer=nn.ReLU),
+    "torchvision": partial(SqueezeExcitation, CHANNELS, 6),
+    "torchvision-silu": partial(SqueezeExcitation, CHANNELS, 6, activation=partial(nn.SiLU, inplace=True)),
+    "torchvision-hard": partial(SqueezeExcitation, CHANNELS, 6, scale_activation=nn.Hardsigmoid),
+}
+
+each_source = pytest.mark.parametrize("make", SOURCES.values(), ids=SOURCES.keys())
+
+
+def made(make: Callable[[], nn.Module], scale: float = 3.0) -> nn.Module:
+    """A module with weights that move the gate away from a half."""
+    module = make()
+    with torch.no_grad():
+        for p in module.parameters():
+            p.copy_(torch.randn(p.shape) * scale / p[0].numel() ** 0.5)
+    return module
+
+
+def network() -> nn.Module:
+    """Small, with one module of each library."""
+    return nn.Sequential(
+        nn.Conv2d(3, CHANNELS, 3),
+        nn.BatchNorm2d(CHANNELS),
+        SEModule(CHANNELS),
+        nn.ReLU(inplace=True),
+        EcaModule(CHANNELS),
+        nn.Conv2d(CHANNELS, CHANNELS, 3),
+        SqueezeExcitation(CHANNELS, 6),
+    )

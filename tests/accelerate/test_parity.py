@@ -1,0 +1,91 @@
+"""A replaced module computes what it did before: output, gradients, dtype and memory format."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+import convblocks
+from tests.accelerate.sources import CHANNELS, each_source, made
+from tests.ops.common import complaint, worst
+
+
+def _run(module: nn.Module, x: Tensor, grad: Tensor) -> list[Tensor]:
+    x = x.detach().requires_grad_()
+    y = module(x)
+    return [y.detach(), *torch.autograd.grad(y, [x, *module.parameters()], grad)]
+
+
+def _accelerated(module: nn.Module) -> nn.Module:
+    fast = copy.deepcopy(module)
+    report = convblocks.accelerate(fast, strict=True)
+    assert len(report.replaced) == 1
+    assert convblocks.is_accelerated(fast)
+    return fast
+
+
+@each_source
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64], ids=lambda d: str(d)[6:])
+@pytest.mark.parametrize("memory_format", [torch.contiguous_format, torch.channels_last], ids=["nchw", "nhwc"])
+def test_output_and_gradients(
+    make: Callable[[], nn.Module], dtype: torch.dtype, memory_format: torch.memory_format, backend: str, device: str
+) -> None:
+    module = made(make).to(device, dtype)
+    fast = _accelerated(module)
+    x = torch.randn(3, CHANNELS, 7, 9).to(device, dtype).contiguous(memory_format=memory_format)
+    grad = torch.randn_like(x)
+    exact = _run(copy.deepcopy(module).double(), x.double(), grad.double())
+    for train in (True, False):
+        before = _run(module.train(train), x, grad)
+        after = _run(fast.train(train), x, grad)
+        assert after[0].stride() == before[0].stride() == x.stride()
+        for a, b, c in zip(after, before, exact, strict=True):
+            assert (a.dtype, a.shape) == (b.dtype, b.shape)
+            if dtype == torch.float64:
+                torch.testing.assert_close(a, b, rtol=1e-11, atol=1e-13 * c.abs().max().item())
+            else:
+                assert complaint(a, worst(b, c), c) is None
+    with torch.no_grad():
+        assert torch.equal(fast(x), after[0])
+
+
+@each_source
+@pytest.mark.parametrize(
+    ("autocast", "dtype"),
+    [(torch.bfloat16, torch.float32), (torch.bfloat16, torch.bfloat16), (torch.float16, torch.float16)],
+    ids=lambda d: str(d)[6:],
+)
+def test_autocast_dtype(
+    make: Callable[[], nn.Module], autocast: torch.dtype, dtype: torch.dtype, backend: str, device: str
+) -> None:
+    module = made(make, scale=1.0).to(device)
+    fast = _accelerated(module)
+    x = torch.randn(2, CHANNELS, 6, 6).to(device, dtype).requires_grad_()
+    with torch.autocast(device, autocast):
+        before, after = module(x), fast(x)
+    assert after.dtype == before.dtype
+    torch.testing.assert_close(after, before, rtol=0.05, atol=0.05)
+    grads = (
+        torch.autograd.grad(y.float().square().sum(), [x, *m.parameters()])
+        for y, m in ((before, module), (after, fast))
+    )
+    for b, a in zip(*grads, strict=True):
+        assert a.dtype == b.dtype
+        torch.testing.assert_close(a, b, rtol=0.1, atol=0.1 * b.abs().max().item())
+
+
+def test_timm_autocast_dtype_of_a_whole_network(backend: str, device: str) -> None:
+    from tests.accelerate.sources import timm
+
+    model = timm.create_model("ecaresnet26t", num_classes=5).to(device).eval()
+    x = torch.randn(1, 3, 64, 64, device=device)
+    with torch.no_grad(), torch.autocast(device, torch.bfloat16):
+        before = model(x)
+        convblocks.accelerate(model, strict=True)
+        after = model(x)
+    assert after.dtype == before.dtype
+    torch.testing.assert_close(after, before, rtol=0.05, atol=0.05)

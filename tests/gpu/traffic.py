@@ -1,0 +1,37 @@
+"""What both checkers say about memory: bytes moved, and which bytes are the elements of a view."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+SECTOR = 32  # bytes: what a GPU fetches at least
+
+
+@dataclass
+class Traffic:
+    """Bytes that kernels loaded and stored: as asked by each thread or lane, and in whole 32-byte sectors.
+
+    A sector counts once for each pass over it: once in what a CUDA block accesses between two barriers or warp
+    operations, once in each load or store of a Triton program. Caches are not modelled.
+    """
+
+    loaded: int = 0
+    stored: int = 0
+    loaded_sectors: int = 0
+    stored_sectors: int = 0
+
+    @property
+    def moved(self) -> int:
+        """Bytes in whole sectors, both ways."""
+        return SECTOR * (self.loaded_sectors + self.stored_sectors)
+
+
+def elements(t: Tensor) -> Tensor:
+    """Of the bytes from the first to the last element of a view: which belong to its elements (gaps do not)."""
+    extent = 1 + sum((n - 1) * s for n, s in zip(t.shape, t.stride(), strict=True))
+    mask = torch.zeros(extent, dtype=torch.bool)
+    mask.as_strided(t.shape, t.stride()).fill_(True)
+    return mask.repeat_interleave(t.element_size())

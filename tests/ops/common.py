@@ -1,0 +1,144 @@
+"""What the shared tests have in common: the cases, a run with gradients, and the rule of accuracy.
+
+The tests know no operation by name: they take the records of convblocks/opinfo.py.
+"""
+
+from __future__ import annotations
+
+import inspect
+import itertools
+import random
+from collections.abc import Callable, Sequence
+from typing import Any, TypeVar
+
+import pytest
+import torch
+from torch import Tensor
+
+from convblocks.opinfo import LAYOUTS, OPS, OpInfo, Options, Sample
+from tests.conftest import EMULATED, INTERPRETED
+
+T = TypeVar("T")
+
+each_op = pytest.mark.parametrize("info", OPS.values(), ids=OPS.keys())
+each_option = pytest.mark.parametrize(
+    ("info", "options"),
+    [
+        pytest.param(info, o, id=f"{info.name}-{'-'.join(f'{k}_{v}' for k, v in o.items())}")
+        for info in OPS.values()
+        for o in info.options
+    ],
+)
+each_layout = pytest.mark.parametrize("layout", LAYOUTS)
+
+
+def dtype_pairs(info: OpInfo) -> list[tuple[torch.dtype, torch.dtype]]:
+    """The dtypes of (feature map, parameters): equal, or float32 parameters of a half-precision map."""
+    pairs = [(d, d) for d in info.dtypes]
+    if len(info.sample(info.sizes[0]).tensors()) > 1:
+        pairs += [(d, torch.float32) for d in info.dtypes if d.itemsize == 2]
+    return pairs
+
+
+def affordable(cases: Sequence[T], backend: str, key: str, count: int) -> list[T]:
+    """All cases, or ``count`` random ones (fixed by ``key``) for a backend that runs in an interpreter or emulator."""
+    slow = (backend == "triton" and INTERPRETED) or (backend == "cuda" and EMULATED is not None)
+    if not slow or count >= len(cases):
+        return list(cases)
+    return random.Random(key).sample(list(cases), count)
+
+
+def places(info: OpInfo) -> list[tuple[tuple[int, int, int, int], str, str]]:
+    """Each (size, layout) of the operation, with a layout for the gradient that differs from case to case."""
+    order = list(LAYOUTS)
+    pairs = itertools.product(info.sizes, LAYOUTS)
+    return [(size, layout, order[i % (len(order) + 1) % len(order)]) for i, (size, layout) in enumerate(pairs)]
+
+
+def random_like(x: Tensor, layout: str = "contiguous", seed: int = 1) -> Tensor:
+    """A gradient for x."""
+    generator = torch.Generator().manual_seed(seed)
+    values = torch.randn(x.shape, generator=generator, dtype=torch.float64).to(device=x.device, dtype=x.dtype)
+    return LAYOUTS[layout](values)
+
+
+def with_grad(sample: Sample) -> Sample:
+    """The same call on new leaves that require a gradient; strides stay as they are."""
+    return sample.map(lambda t: t.detach().requires_grad_())
+
+
+def in_double(sample: Sample) -> Sample:
+    return sample.map(lambda t: t.detach().double().requires_grad_())
+
+
+def run(op: Callable[..., Tensor], sample: Sample, grad: Tensor | None = None) -> list[Tensor]:
+    """The output, then the gradient of each tensor argument."""
+    y = op(*sample.args, **sample.kwargs)
+    return [y.detach(), *torch.autograd.grad(y, sample.tensors(), torch.ones_like(y) if grad is None else grad)]
+
+
+def as_function(op: Callable[..., Tensor], sample: Sample) -> Callable[..., Tensor]:
+    """The call as a function of its tensors alone."""
+
+    def function(*tensors: Tensor) -> Tensor:
+        given = iter(tensors)
+        args = [next(given) if isinstance(a, Tensor) else a for a in sample.args]
+        return op(*args, **sample.kwargs)
+
+    return function
+
+
+def operands(info: OpInfo, sample: Sample) -> tuple[Any, ...]:
+    """The arguments as torch.ops.convblocks takes them: all, in the order of the signature."""
+    call = inspect.signature(info.op).bind(*sample.args, **sample.kwargs)
+    call.apply_defaults()
+    return tuple(call.arguments.values())
+
+
+def operator(info: OpInfo, backward: bool = False) -> Any:
+    return getattr(torch.ops.convblocks, info.name + ("_backward" if backward else "")).default
+
+
+# --- the rule of accuracy ---------------------------------------------------------------------------------------------
+
+# Slack, in units of the dtype's epsilon at the largest value of the result. Half precision: the rounding of the result.
+# Else: torch's error in one number (the gradient of a bias) can be zero by luck; eight covers what another order of
+# summation gives in all cases of the records (measured with torch itself on flipped maps, whose worst case was 5).
+SLACK = {torch.float16: 1.0, torch.bfloat16: 1.0, torch.float32: 8.0, torch.float64: 8.0}
+
+
+def worst(result: Tensor, exact: Tensor) -> float:
+    """The largest error where both are finite."""
+    both = result.isfinite() & exact.isfinite()
+    return (result.double() - exact)[both].abs().max().item() if both.any() else 0.0
+
+
+def complaint(result: Tensor, torch_error: float, exact: Tensor) -> str | None:
+    """Why a result is not accurate, or None: an error of at most twice torch's own, and NaN and Inf where they belong."""
+    dtype = result.dtype
+    expected = exact.to(dtype)  # Inf where the exact value is too large for the dtype
+    special = ~expected.isfinite()
+    if not torch.equal(expected[special].nan_to_num(0.125), result[special].nan_to_num(0.125)):
+        return f"NaN or Inf differ: expected {expected[special][:4].tolist()}, got {result[special][:4].tolist()}"
+    if not result[~special].isfinite().all():
+        wrong = (~special & ~result.isfinite()).nonzero()
+        return f"{len(wrong)} values are not finite, first at {wrong[0].tolist()}"
+    size = exact[~special].abs().max().item() if (~special).any() else 0.0
+    allowed = 2 * torch_error + SLACK[dtype] * torch.finfo(dtype).eps * size
+    error = worst(result, exact)
+    return None if error <= allowed else f"error {error:.3g} of values up to {size:.3g}, allowed {allowed:.3g}"
+
+
+def accuracy(info: OpInfo, sample: Sample, results: Sequence[Tensor], grad: Tensor) -> list[str]:
+    """What is wrong with ``results``, the output and gradients of the operation for this sample."""
+    exact = run(info.reference, in_double(sample), grad.double())
+    if sample.x.dtype == torch.float64:  # torch's error in float32, scaled down
+        single = run(info.reference, with_grad(sample.map(Tensor.float)), grad.float())
+        scale = torch.finfo(torch.float64).eps / torch.finfo(torch.float32).eps
+        errors = [worst(a, b) * scale for a, b in zip(single, exact, strict=True)]
+    else:
+        torchs = run(info.reference, with_grad(sample), grad)
+        errors = [worst(a, b) for a, b in zip(torchs, exact, strict=True)]
+    names = ["output", *(f"gradient {i}" for i in range(len(results) - 1))]
+    found = zip(names, results, errors, exact, strict=True)
+    return [f"{name}: {words}" for name, r, e, x in found if (words := complaint(r, e, x)) is not None]

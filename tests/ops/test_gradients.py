@@ -1,0 +1,155 @@
+"""Derivatives of first and second order, what the backward is given and what is kept for it."""
+
+from __future__ import annotations
+
+import functools
+
+import pytest
+import torch
+from torch import Tensor
+from torch.autograd import gradcheck, gradgradcheck
+from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selective_checkpoint_contexts
+
+from convblocks.opinfo import LAYOUTS, OpInfo, Options, Sample
+from tests.ops.common import (
+    accuracy,
+    affordable,
+    as_function,
+    each_op,
+    each_option,
+    operator,
+    random_like,
+    run,
+    with_grad,
+)
+
+
+@pytest.mark.parametrize("layout", ["contiguous", "channels_last", "channel_slice"])
+@each_option
+def test_gradcheck(info: OpInfo, options: Options, layout: str, backend: str, device: str) -> None:
+    """Numeric against analytic, in reverse and forward mode; also batched gradients."""
+    fast = len(affordable(range(2), backend, "", 1)) == 1
+    sample = with_grad(info.sample((2, 3, 2, 3), options, dtype=torch.float64, layout=layout, device=device))
+    function = as_function(info.op, sample)
+    assert gradcheck(
+        function, sample.tensors(), check_forward_ad=True, check_batched_grad=True, fast_mode=fast, atol=1e-6
+    )
+
+
+@pytest.mark.parametrize("layout", ["contiguous", "channels_last"])
+@each_option
+def test_gradgradcheck(info: OpInfo, options: Options, layout: str, backend: str, device: str) -> None:
+    sample = with_grad(info.sample((2, 3, 2, 2), options, dtype=torch.float64, layout=layout, device=device))
+    assert gradgradcheck(as_function(info.op, sample), sample.tensors(), check_fwd_over_rev=True, atol=1e-6)
+
+
+@pytest.mark.parametrize("layout", ["contiguous", "channels_last"])
+@each_op
+def test_gradient_of_a_sum(info: OpInfo, layout: str, backend: str, device: str) -> None:
+    """``y.sum().backward()`` gives a gradient of one stored element: all its strides are 0."""
+    sample = with_grad(info.sample((2, 8, 7, 7), layout=layout, device=device))
+    y = info.op(*sample.args, **sample.kwargs)
+    y.sum().backward()
+    gradients = [t.grad for t in sample.tensors() if t.grad is not None]
+    wrong = accuracy(info, sample, [y.detach(), *gradients], torch.ones_like(y))
+    assert not wrong, "\n".join(wrong)
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+@each_op
+def test_gradient_in_any_layout(info: OpInfo, layout: str, backend: str, device: str) -> None:
+    """The layout of the incoming gradient changes nothing, whatever that of the map is."""
+    for map_layout in ("contiguous", "channels_last", "crop"):
+        sample = with_grad(info.sample((2, 8, 5, 6), layout=map_layout, device=device))
+        grad = random_like(sample.x, layout)
+        wrong = accuracy(info, sample, run(info.op, sample, grad), grad)
+        assert not wrong, "\n".join([map_layout, *wrong])
+
+
+@each_option
+def test_each_argument_alone(info: OpInfo, options: Options, backend: str, device: str) -> None:
+    """An argument that requires no gradient gets none, and the others get the same as before."""
+    sample = info.sample((2, 8, 5, 6), options, device=device)
+    grad = random_like(sample.x)
+    expected = run(info.op, with_grad(sample), grad)[1:]
+    for i in range(len(expected)):
+        for wanted in ({i}, set(range(len(expected))) - {i}):
+            tensors = [t.detach().clone().requires_grad_(j in wanted) for j, t in enumerate(sample.tensors())]
+            if not wanted:
+                continue
+            as_function(info.op, sample)(*tensors).backward(grad)
+            for j, t in enumerate(tensors):
+                if j in wanted:
+                    assert t.grad is not None
+                    torch.testing.assert_close(t.grad, expected[j], rtol=0, atol=0)
+                else:
+                    assert t.grad is None
+
+
+@each_op
+def test_backward_twice(info: OpInfo, backend: str, device: str) -> None:
+    sample = with_grad(info.sample((2, 8, 5, 6), device=device))
+    y = info.op(*sample.args, **sample.kwargs)
+    grad = random_like(y)
+    first = torch.autograd.grad(y, sample.tensors(), grad, retain_graph=True)
+    second = torch.autograd.grad(y, sample.tensors(), grad)
+    assert all(torch.equal(a, b) for a, b in zip(first, second, strict=True))
+
+
+@each_option
+def test_only_inputs_are_saved(info: OpInfo, options: Options, dispatched: str, device: str) -> None:
+    if dispatched == "reference":
+        pytest.skip("plain torch saves its intermediates")
+    sample = with_grad(info.sample((2, 8, 5, 6), options, device=device))
+    saved: list[Tensor] = []
+    with torch.autograd.graph.saved_tensors_hooks(lambda t: saved.append(t) or t, lambda t: t):
+        info.op(*sample.args, **sample.kwargs)
+    assert {t.data_ptr() for t in saved} == {t.data_ptr() for t in sample.tensors()}
+    assert len(saved) == len(sample.tensors())
+
+
+@each_op
+def test_a_change_of_a_saved_input_is_noticed(info: OpInfo, backend: str, device: str) -> None:
+    sample = with_grad(info.sample((2, 8, 5, 6), device=device))
+    x = sample.x * 1
+    y = info.op(x, *sample.args[1:], **sample.kwargs)
+    x.add_(1)
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        y.sum().backward()
+
+
+@pytest.mark.parametrize("selective", [False, True], ids=["all", "selective"])
+@each_op
+def test_checkpointing(info: OpInfo, selective: bool, dispatched: str, device: str) -> None:
+    sample = with_grad(info.sample((2, 8, 5, 6), device=device))
+    calls = 0
+
+    def policy(context: object, op: object, *args: object, **kwargs: object) -> CheckpointPolicy:
+        nonlocal calls
+        if op is operator(info):
+            calls += 1
+            return CheckpointPolicy.MUST_SAVE
+        return CheckpointPolicy.PREFER_RECOMPUTE
+
+    def layer(*tensors: Tensor) -> Tensor:
+        return as_function(info.op, sample)(*tensors).square()
+
+    chosen = {"context_fn": functools.partial(create_selective_checkpoint_contexts, policy)} if selective else {}
+    y = checkpoint(layer, *sample.tensors(), use_reentrant=False, **chosen)
+    gradients = torch.autograd.grad(y.sum(), sample.tensors())
+    expected = torch.autograd.grad(layer(*sample.tensors()).sum(), sample.tensors())
+    assert all(torch.equal(a, b) for a, b in zip(gradients, expected, strict=True))
+    if selective and dispatched != "reference":
+        assert calls > 0, "the policy was not asked about the operator"
+
+
+@each_op
+def test_no_gradient_no_graph(info: OpInfo, backend: str, device: str) -> None:
+    sample = info.sample((2, 8, 5, 6), device=device)
+    assert not info.op(*sample.args, **sample.kwargs).requires_grad
+    wanted = with_grad(sample)
+    with torch.no_grad():
+        assert not info.op(*wanted.args, **wanted.kwargs).requires_grad
+    with torch.inference_mode():
+        y = info.op(*Sample(sample.args, sample.kwargs).args, **sample.kwargs)
+    torch.testing.assert_close(y, info.op(*sample.args, **sample.kwargs), rtol=0, atol=0)

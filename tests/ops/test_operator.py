@@ -1,0 +1,161 @@
+"""The operator as torch sees it: schema, meta kernel, memory; and that a run is repeatable and touches nothing else."""
+
+from __future__ import annotations
+
+import concurrent.futures
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+from torch.library import opcheck
+
+from convblocks import backends
+from convblocks.opinfo import LAYOUTS, OpInfo, Options, Sample
+from convblocks.ops.operator import memory_format
+from tests.ops.common import (
+    affordable,
+    as_function,
+    each_layout,
+    each_op,
+    each_option,
+    operands,
+    operator,
+    places,
+    random_like,
+    run,
+    with_grad,
+)
+
+
+@pytest.fixture
+def compiled(dispatched: str) -> str:
+    """The backend, where a backward operator exists: with the compiled part."""
+    if backends.extension_error is not None:
+        pytest.skip(f"no backward operator: {backends.extension_error}")
+    return dispatched
+
+
+def _to_meta(a: Any) -> Any:
+    return torch.empty_strided(a.shape, a.stride(), dtype=a.dtype, device="meta") if isinstance(a, Tensor) else a
+
+
+SHAPES = {**dict.fromkeys(LAYOUTS, (2, 5, 4, 3)), "no samples": (0, 5, 4, 3), "no pixels": (2, 5, 0, 3)}
+
+
+def _case(info: OpInfo, shape: str, device: str) -> Sample:
+    """Each shape or layout with another one of the options."""
+    options = info.options[list(SHAPES).index(shape) % len(info.options)]
+    options = info.options[0] if shape == "no pixels" else options
+    layout = shape if shape in LAYOUTS else "contiguous"
+    return info.sample(SHAPES[shape], options, layout=layout, device=device)
+
+
+@pytest.mark.parametrize("shape", SHAPES)
+@each_op
+def test_opcheck(info: OpInfo, shape: str, dispatched: str, device: str) -> None:
+    sample = _case(info, shape, device)
+    if shape != "no pixels":  # there the gradients are NaN, which opcheck holds to be wrong
+        sample = with_grad(sample)
+    opcheck(operator(info), operands(info, sample))
+
+
+@pytest.mark.parametrize("shape", SHAPES)
+@each_op
+def test_opcheck_backward(info: OpInfo, shape: str, compiled: str, device: str) -> None:
+    sample = _case(info, shape, device)
+    grad = random_like(sample.x, "channels_last")
+    opcheck(operator(info, backward=True), (grad, *operands(info, sample)))
+    sample = with_grad(sample)
+    opcheck(operator(info, backward=True), (grad.requires_grad_(), *operands(info, sample)))
+
+
+@each_layout
+@each_option
+def test_memory_format(info: OpInfo, options: Options, layout: str, backend: str, device: str) -> None:
+    """The output and the gradient of the map are dense, in the memory format of the map."""
+    for size in affordable(info.sizes, backend, f"{options}{layout}", 1):
+        sample = with_grad(info.sample(size, options, layout=layout, device=device))
+        y, grad_x = run(info.op, sample)[:2]
+        expected = torch.empty(size, device="meta", memory_format=memory_format(sample.x)).stride()
+        assert y.stride() == expected
+        assert y.untyped_storage().data_ptr() not in {t.untyped_storage().data_ptr() for t in sample.tensors()}
+        if size[2] * size[3] > 1 and backend != "reference":
+            assert grad_x.is_contiguous(memory_format=memory_format(sample.x))
+
+
+@each_layout
+@each_option
+def test_meta_agrees(info: OpInfo, options: Options, layout: str, compiled: str, device: str) -> None:
+    """Size, stride and dtype, forward and backward."""
+    for size in affordable(info.sizes, compiled, f"{options}{layout}", 1):
+        args = operands(info, info.sample(size, options, dtype=torch.bfloat16, layout=layout, device=device))
+        grad = random_like(args[0], "channels_last")
+        for op, real in ((operator(info), args), (operator(info, backward=True), (grad, *args))):
+            result, meta = op(*real), op(*map(_to_meta, real))
+            pairs = zip(result, meta, strict=True) if isinstance(result, tuple) else [(result, meta)]
+            for r, m in pairs:
+                assert (m.device.type, m.shape, m.stride(), m.dtype) == ("meta", r.shape, r.stride(), r.dtype)
+
+
+@each_option
+def test_every_output_is_written(info: OpInfo, options: Options, backend: str, device: str) -> None:
+    """torch fills new memory with NaN in deterministic mode: none may be left, nor leak from scratch memory."""
+    for size, layout, grad_layout in affordable(places(info), backend, f"{options}", 2):
+        sample = with_grad(info.sample(size, options, layout=layout, device=device))
+        grad = random_like(sample.x, grad_layout)
+        expected = run(info.op, sample, grad)
+        torch.use_deterministic_algorithms(True)
+        poisoned = run(info.op, sample, grad)
+        torch.use_deterministic_algorithms(False)
+        for p, e in zip(poisoned, expected, strict=True):
+            torch.testing.assert_close(p, e, rtol=0, atol=0, equal_nan=True)
+
+
+@each_option
+def test_repeatable(info: OpInfo, options: Options, backend: str, device: str) -> None:
+    """Bit for bit from run to run, and whatever the number of threads."""
+    sizes = affordable([(4, 64, 28, 28), (2, 3, 65, 61), (8, 70, 1, 3)], backend, f"{options}", 0) or [(2, 5, 6, 7)]
+    for size in sizes:
+        for layout in ("contiguous", "channels_last"):
+            sample = with_grad(info.sample(size, options, layout=layout, device=device))
+            grad = random_like(sample.x)
+            first = run(info.op, sample, grad)
+            for threads in (torch.get_num_threads(), 1, 2, 3):
+                if backend == "reference" and threads != torch.get_num_threads():
+                    continue  # torch promises nothing there
+                torch.set_num_threads(threads)
+                again = run(info.op, sample, grad)
+                assert all(torch.equal(a, b) for a, b in zip(first, again, strict=True)), (size, layout, threads)
+
+
+@each_layout
+@each_option
+def test_inputs_stay_as_they_were(info: OpInfo, options: Options, layout: str, backend: str, device: str) -> None:
+    sample = with_grad(info.sample((2, 8, 5, 3), options, layout=layout, device=device))
+    given = [*sample.tensors(), random_like(sample.x, layout)]
+    copies, versions = [t.detach().clone() for t in given], [t._version for t in given]
+    run(info.op, sample, given[-1])
+    assert all(torch.equal(t, c) for t, c in zip(given, copies, strict=True))
+    assert versions == [t._version for t in given]
+
+
+@each_op
+def test_lazily_negated_and_zero_tensors(info: OpInfo, backend: str, device: str) -> None:
+    """torch marks some tensors as negated, or as all zeros, without storing that."""
+    sample = info.sample((2, 8, 5, 3), device=device)
+    function = as_function(info.op, sample)
+    for lazy in (torch._neg_view(sample.x), torch._efficientzerotensor(sample.x.shape, device=device)):
+        stored = lazy.clone() if lazy.is_neg() else torch.zeros_like(sample.x)
+        torch.testing.assert_close(function(lazy, *sample.tensors()[1:]), function(stored, *sample.tensors()[1:]))
+
+
+@each_op
+def test_many_python_threads(info: OpInfo, backend: str, device: str) -> None:
+    if backend not in ("reference", "cpu"):
+        pytest.skip("interpreter and emulator run one kernel at a time")
+    samples = [with_grad(info.sample((2, 16, 28, 20), device=device, seed=seed)) for seed in range(8)]
+    expected = [run(info.op, s) for s in samples]
+    with concurrent.futures.ThreadPoolExecutor(4) as pool:
+        for got, want in zip(pool.map(lambda s: run(info.op, s), samples * 4), expected * 4, strict=True):
+            torch.testing.assert_close(got, want)

@@ -1,0 +1,165 @@
+"""Outputs and gradients against the reference in float64: at most twice the error that torch makes in that dtype."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import pytest
+import torch
+from torch import Tensor
+
+from convblocks.opinfo import OpInfo, Options, Sample
+from tests.ops.common import (
+    accuracy,
+    affordable,
+    dtype_pairs,
+    each_op,
+    each_option,
+    places,
+    random_like,
+    run,
+    with_grad,
+)
+
+PAIRS = [(d, d) for d in (torch.float32, torch.float64, torch.float16, torch.bfloat16)]
+PAIRS += [(torch.float16, torch.float32), (torch.bfloat16, torch.float32)]
+
+
+def assert_accurate(info: OpInfo, sample: Sample, grad: Tensor) -> None:
+    wrong = accuracy(info, sample, run(info.op, sample, grad), grad)
+    assert not wrong, "\n".join(wrong)
+
+
+@pytest.mark.parametrize(("dtype", "parameter_dtype"), PAIRS, ids=lambda d: str(d).removeprefix("torch."))
+@each_option
+@pytest.mark.parametrize("count", [3, pytest.param(10**9, marks=pytest.mark.slow)], ids=["some", "all"])
+def test_sizes_and_layouts(
+    info: OpInfo,
+    options: Options,
+    dtype: torch.dtype,
+    parameter_dtype: torch.dtype,
+    count: int,
+    backend: str,
+    device: str,
+) -> None:
+    """Every size in every layout; ``count`` of them where the backend is interpreted or emulated."""
+    if (dtype, parameter_dtype) not in dtype_pairs(info):
+        pytest.skip("has no parameters")
+    wrong = []
+    for size, layout, grad_layout in affordable(places(info), backend, f"{options}{dtype}{parameter_dtype}", count):
+        sample = with_grad(
+            info.sample(size, options, dtype=dtype, parameter_dtype=parameter_dtype, layout=layout, device=device)
+        )
+        grad = random_like(sample.x, grad_layout)
+        results = run(info.op, sample, grad)
+        assert [r.dtype for r in results] == [dtype, *(t.dtype for t in sample.tensors())]
+        wrong += [f"{size} {layout} gradient {grad_layout}: {w}" for w in accuracy(info, sample, results, grad)]
+    assert not wrong, "\n".join(wrong)
+
+
+@pytest.mark.parametrize("layout", ["contiguous", "channels_last"])
+@each_op
+def test_more_than_one_thread_has_work(info: OpInfo, layout: str, backend: str, device: str) -> None:
+    size = (4, 64, 28, 28) if affordable(range(2), backend, "", 1) == [0, 1] else (2, 16, 20, 20)
+    sample = with_grad(info.sample(size, layout=layout, device=device))
+    assert_accurate(info, sample, random_like(sample.x))
+
+
+@each_option
+def test_strided_parameters(info: OpInfo, options: Options, backend: str, device: str) -> None:
+    sample = info.sample((2, 8, 5, 3), options, device=device)
+    parameters = [torch.stack((t, t), -1)[..., 0] if isinstance(t, Tensor) else t for t in sample.args[1:]]
+    sample = with_grad(Sample((sample.x, *parameters), sample.kwargs))
+    assert_accurate(info, sample, random_like(sample.x))
+
+
+def _one(value: float) -> Callable[[Tensor], Tensor]:
+    def place(x: Tensor) -> Tensor:
+        return x.index_put(tuple(torch.tensor([i], device=x.device) for i in (0, 1, 2, 3)), x.new_tensor(value))
+
+    return place
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["float32", "bfloat16"])
+@pytest.mark.parametrize("layout", ["contiguous", "channels_last"])
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), float("-inf")])
+@each_option
+def test_not_finite(
+    info: OpInfo, options: Options, value: float, layout: str, dtype: torch.dtype, backend: str, device: str
+) -> None:
+    """One NaN or Inf in a map: they reach just the outputs and gradients that they reach in the reference."""
+    if backend == "reference" and dtype == torch.bfloat16:
+        pytest.skip("torch's bfloat16 convolution multiplies Inf by its padding")
+    sample = info.sample((2, 9, 8, 5), options, dtype=dtype, layout=layout, device=device)
+    sample = with_grad(Sample((_one(value)(sample.x), *sample.args[1:]), sample.kwargs))
+    assert_accurate(info, sample, random_like(sample.x))
+
+
+@pytest.mark.parametrize("layout", ["contiguous", "channels_last"])
+@each_option
+def test_large_halves(info: OpInfo, options: Options, layout: str, backend: str, device: str) -> None:
+    """Values at the end of float16: their sum, or their square, would be Inf in it."""
+    if backend == "reference":
+        pytest.skip("torch rounds its intermediates to float16, and they are Inf")
+    sample = info.sample((2, 8, 9, 5), options, dtype=torch.float16, layout=layout, device=device)
+    for x in (sample.x.sign() * 60000, torch.full_like(sample.x, 60000)):
+        large = Sample((x, *sample.args[1:]), sample.kwargs)
+        assert torch.isfinite(info.op(*large.args, **large.kwargs)).all()
+        large = with_grad(large)
+        assert_accurate(info, large, random_like(x) * 1e-3)
+
+
+@pytest.mark.parametrize("size", [(0, 4, 5, 3), (2, 4, 0, 3), (2, 4, 5, 0), (0, 4, 0, 0)], ids=str)
+@pytest.mark.parametrize("layout", ["contiguous", "channels_last"])
+@each_option
+def test_nothing_to_compute(
+    info: OpInfo, options: Options, size: tuple[int, int, int, int], layout: str, backend: str, device: str
+) -> None:
+    sample = with_grad(info.sample(size, options, layout=layout, device=device))
+    try:
+        expected = run(info.reference, sample)
+    except (RuntimeError, IndexError):  # torch has no maximum of no pixels: nor have we, and say so
+        with pytest.raises(ValueError, match=f"^{info.name}: expected "):
+            info.op(*sample.args, **sample.kwargs)
+        return
+    for result, like in zip(run(info.op, sample), expected, strict=True):
+        torch.testing.assert_close(result, like, equal_nan=True)
+
+
+@pytest.mark.parametrize("stride", ["batch", "channel", "pixel"])
+@each_op
+def test_offsets_beyond_32_bits(info: OpInfo, stride: str, backend: str, device: str) -> None:
+    """Few values that lie far apart, in memory of which the rest is never touched."""
+    sample = info.sample((2, 3, 1, 3), dtype=torch.bfloat16, device=device)
+    far = {"batch": (2**31, 3, 3, 1), "channel": (5, 2**30 + 1, 3, 1), "pixel": (5, 1, 3 * 2**30, 2**30)}[stride]
+
+    def spread(t: Tensor) -> Tensor:
+        storage = torch.empty(2**31 + 64, dtype=t.dtype, device=device)
+        return storage.as_strided(t.shape, far).copy_(t)
+
+    sample = Sample((spread(sample.x), *sample.args[1:]), sample.kwargs)
+    sample = with_grad(sample)
+    assert_accurate(info, sample, spread(random_like(sample.x)))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("layout", ["contiguous", "channels_last"])
+@each_op
+def test_more_than_32_bits_of_values(info: OpInfo, layout: str, backend: str, device: str) -> None:
+    """An output, and gradients, of more than 2**31 elements (4 GiB each): one map, seen as many."""
+    if len(affordable(range(2), backend, "", 1)) == 1:
+        pytest.skip("takes hours in an interpreter or emulator")
+    if backend == "reference":
+        pytest.skip("torch's own business, and its copies do not fit in memory")
+    n = 2**31 // (64 * 112 * 112) + 2
+    few = info.sample((1, 64, 112, 112), dtype=torch.bfloat16, layout=layout, device=device)
+    few = with_grad(few)
+    grad = random_like(few.x)
+    grad = grad.contiguous(memory_format=torch.channels_last) if layout == "channels_last" else grad
+    expected = run(info.op, few, grad)
+    many = with_grad(Sample((few.x.detach().expand(n, -1, -1, -1), *few.args[1:]), few.kwargs))
+    y = info.op(*many.args, **many.kwargs)
+    assert y.numel() > 2**31
+    assert all(torch.equal(y[i], expected[0][0]) for i in range(n))
+    (grad_x,) = torch.autograd.grad(y, many.x, grad.expand(n, -1, -1, -1))
+    assert all(torch.equal(grad_x[i], expected[1][0]) for i in range(n))
