@@ -70,7 +70,7 @@ class Torch:
 
     @classmethod
     def find(cls) -> Torch:
-        """The torch that will run the package: read, not imported, as pip's build isolation hides it (only) from imports."""
+        """The torch that will run the package: read, not imported, as pip's build isolation hides it from imports."""
         for place in (*sys.path, sysconfig.get_path("purelib"), sysconfig.get_path("platlib")):
             folder = Path(place) / "torch"
             if (folder / "version.py").is_file() and (folder / "include").is_dir():

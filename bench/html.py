@@ -5,6 +5,7 @@ from __future__ import annotations
 from html import escape
 
 from bench import tables
+from bench.progress import speed_up
 from bench.results import Results, Row, Summary
 from bench.svg import SERIES, Bar, Point, bars, scatter
 from convblocks.tables import Table
@@ -36,7 +37,8 @@ _HEAD = f"""<!doctype html>
 <title>convblocks against torch</title><style>{_STYLE}</style></head><body>"""
 _METHOD = """<p>Speed-up is the time of the best peer over ours, of the shortest samples. The peers are the plain torch
 formula, eager and compiled, in both memory formats; they and ours run in turn. A case is timed only if its output, and
-its gradients where they are timed, have at most twice the error of torch in that dtype against float64.</p>"""
+its gradients where they are timed, have at most twice the error of torch in that dtype against float64. A "?" marks a
+speed-up whose times were not reached repeatedly: the machine was too busy to tell.</p>"""
 
 
 def _table(table: Table) -> str:
@@ -61,7 +63,7 @@ def _detail(row: Row) -> str:
 
 
 def _bar(row: Row) -> Bar:
-    note = f"{row.ratio:.2f}x" if row.ratio else "parity failed" if row.problem else "no peer ran"
+    note = "parity failed" if row.problem else speed_up(row)
     return Bar(f"{tables.size(row)} {row.layout}", row.ratio, note, _detail(row))
 
 

@@ -20,7 +20,7 @@ class Progress(Protocol):
 def speed_up(row: Row) -> str:
     if row.problem:
         return f"PARITY FAILED ({row.problem})"
-    return "no peer ran" if row.ratio is None else f"{row.ratio:.2f}x"
+    return "no peer ran" if row.ratio is None else f"{row.ratio:.2f}x{'' if row.settled else '?'}"
 
 
 class Lines:

@@ -67,6 +67,12 @@ class Row:
         return self.peers[best].min / self.ours.min if best and self.ours else None
 
     @property
+    def settled(self) -> bool:
+        """Whether the two times of the ratio were reached repeatedly; if not, the machine was too busy to tell."""
+        best = self.best_peer
+        return bool(best and self.peers[best].settled and self.ours and self.ours.settled)
+
+    @property
     def median_ratio(self) -> float | None:
         best = min((t.median for t in self.peers.values()), default=None)
         return best / self.ours.median if best and self.ours else None
@@ -95,7 +101,7 @@ class Row:
 
 
 DERIVED = (
-    *("verified", "best_peer", "ratio", "median_ratio", "graph_ratio"),
+    *("verified", "best_peer", "ratio", "settled", "median_ratio", "graph_ratio"),
     *("gbps", "copy_gbps", "copy_share", "gflops"),
 )
 

@@ -50,6 +50,9 @@ def run(
         print()
         tables.show(tables.summary_table(results))
         print(tables.machine(results.header))
+    unsettled = sum(r.ratio is not None and not r.settled for r in results.rows)
+    if unsettled:
+        print(f"{unsettled} of {len(results.rows)} speed-ups did not settle (marked ?): the machine was too busy")
     failed = [r for r in results.rows if not r.verified]
     for r in failed:
         print(f"parity failed: {tables.title(r)}, {tables.size(r)}, {r.layout}: {r.problem}")

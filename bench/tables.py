@@ -48,7 +48,8 @@ def case_table(summary: Summary) -> Table:
             cells = [size(r), r.layout, r.backend, "-", *peer, speed_up(r)]
             cells += ["-"] * (len(columns) - len(cells))
         else:
-            cells = [size(r), r.layout, r.backend, duration(r.ours.min), *peer, number(r.ratio), number(r.median_ratio)]
+            ratio = number(r.ratio) + (" ?" if r.ratio and not r.settled else "")
+            cells = [size(r), r.layout, r.backend, duration(r.ours.min), *peer, ratio, number(r.median_ratio)]
             cells += [f"{(r.ours.q3 - r.ours.q1) / r.ours.median:.0%}", *[number(r.graph_ratio)] * graph]
             cells += [number(r.gbps, ".1f"), number(r.copy_share, ".0%"), str(r.ours.n)]
         table.add(*cells, bad=r.ratio is None or r.ratio < 1)
@@ -61,7 +62,8 @@ def summary_table(results: Results) -> Table:
     for s in results.groups():
         first, worst = s.rows[0], s.worst
         failed = sum(not r.verified for r in s.rows)
-        cases = f"{len(s.rows)}" + (f" ({failed} failed)" if failed else "")
+        unsettled = sum(not r.settled for r in s.timed)
+        cases = f"{len(s.rows)}" + f" ({failed} failed)" * (failed > 0) + f" ({unsettled} ?)" * (unsettled > 0)
         means = [number(s.mean(layout)) for layout in (None, "contiguous", "channels_last")]
         least = [number(worst.ratio), f"{size(worst)} {worst.layout}"] if worst else ["-", "-"]
         slow = bool(failed) or worst is None or (s.mean() or 0.0) < 1

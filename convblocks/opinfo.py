@@ -76,6 +76,7 @@ class OpInfo:
     bad_inputs: Callable[[str], Iterator[BadInput]]
     forward_flops: Callable[[Sample], int]
     backward_flops: Callable[[Sample], int]
+    gpu_traffic: tuple[float, float]  # bytes that GPU kernels may move, forward and backward, over least_bytes
     sizes: tuple[Size, ...] = (
         (2, 8, 7, 7),
         (1, 3, 5, 9),
@@ -262,6 +263,7 @@ OPS: dict[str, OpInfo] = {
             bad_inputs=_squeeze_excite_bad_inputs,
             forward_flops=lambda s: 2 * s.x.numel() + 2 * _mlp_macs(s),
             backward_flops=lambda s: 5 * s.x.numel() + 6 * _mlp_macs(s),
+            gpu_traffic=(1.55, 1.75),  # a sample is read twice: a program holds a plane, not a sample
         ),
         OpInfo(
             name="eca",
@@ -279,6 +281,7 @@ OPS: dict[str, OpInfo] = {
             bad_inputs=_eca_bad_inputs,
             forward_flops=lambda s: 2 * s.x.numel() + 2 * s.x.shape[0] * s.x.shape[1] * s.args[1].numel(),
             backward_flops=lambda s: 5 * s.x.numel() + 6 * s.x.shape[0] * s.x.shape[1] * s.args[1].numel(),
+            gpu_traffic=(1.55, 1.75),
         ),
         OpInfo(
             name="simam",
@@ -290,6 +293,7 @@ OPS: dict[str, OpInfo] = {
             bad_inputs=_simam_bad_inputs,
             forward_flops=lambda s: 9 * s.x.numel(),
             backward_flops=lambda s: 18 * s.x.numel(),
+            gpu_traffic=(1.15, 1.15),
         ),
     )
 }

@@ -179,13 +179,18 @@ def dense_offsets(n, c, p, C, HW, VEC: tl.constexpr, CHANNELS_LAST: tl.constexpr
 
 
 @triton.jit
-def load(pointer, mask):
-    """Loads as float32 (float64 stays): half precision is for storage only. Masked-off lanes are zeros."""
-    value = tl.load(pointer, mask=mask, other=0.0)
+def widen(value):
+    """Half precision is for storage only: everything is computed in float32, or float64."""
     if value.dtype == tl.float64:
         return value
     else:
         return value.to(tl.float32)
+
+
+@triton.jit
+def load(pointer, mask):
+    """Zeros where masked off."""
+    return widen(tl.load(pointer, mask=mask, other=0.0))
 
 
 @triton.jit

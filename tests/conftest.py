@@ -8,6 +8,7 @@ CONVBLOCKS_REQUIRE_EXT=1  a backend under test that cannot run is an error; else
 
 from __future__ import annotations
 
+import logging
 import os
 from collections.abc import Iterator
 from pathlib import Path
@@ -25,6 +26,8 @@ BACKENDS = tuple(os.environ.get("CONVBLOCKS_TEST_BACKENDS", "reference,cpu").spl
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 EMULATED = os.environ.get("CONVBLOCKS_TEST_CUDA")
 
+logging.getLogger("torch.__trace").propagate = False  # else each failure is reported under thousands of lines of it
+
 settings.register_profile(
     "convblocks",
     derandomize=True,
@@ -37,9 +40,9 @@ settings.load_profile("convblocks")
 if EMULATED and backends.extension_error is None:
     backends.emulate_cuda(Path(EMULATED))
 if INTERPRETED and "triton" in BACKENDS:
-    from tests.gpu import triton_checker  # bf16 as a GPU rounds it
+    from tests.gpu import triton_bf16  # the interpreter's own bf16 is wrong
 
-    triton_checker.install()
+    triton_bf16.install()
 
 
 def why_not(backend: str) -> str | None:
@@ -83,7 +86,8 @@ def _fixed_start() -> Iterator[None]:
     threads = torch.get_num_threads()
     yield
     torch.set_num_threads(threads)
-    torch.use_deterministic_algorithms(False)
+    if torch.are_deterministic_algorithms_enabled():
+        torch.use_deterministic_algorithms(False)
 
 
 @pytest.fixture(params=BACKENDS)

@@ -37,7 +37,8 @@ class Operator:
     def __call__(self, *args: Any) -> Tensor:
         if backends.selected != "auto":
             return self._run_named(backends.selected, args)
-        return self.packet(*args)
+        y: Tensor = self.packet(*args)
+        return y
 
     def _run_named(self, backend: str, args: Sequence[Any]) -> Tensor:
         if backend == "reference":
@@ -45,7 +46,8 @@ class Operator:
         reason = backends.why_not(self.name, backend, args[0])
         if reason is not None:
             raise RuntimeError(f"{self.name}: expected to run on backend {backend}, got none: {reason}")
-        return self.packet(*args)
+        y: Tensor = self.packet(*args)
+        return y
 
     def run_reference(self, *args: Any) -> Tensor:
         self.check(*args)

@@ -86,54 +86,70 @@ void finish_squeeze(A* pooled, const A* max, int64_t c, int64_t hw) {
   });
 }
 
-// gate(sample, pooled, gates) computes the c gates of a sample.
+// How many samples are squeezed before the first of them is scaled: those that the cache holds. They share the loads of
+// the gate's weights.
+inline int64_t group_size(int64_t bytes) { return std::clamp<int64_t>((512 << 10) / std::max<int64_t>(bytes, 1), 1, 8); }
+
+// gate(sample, count, pooled, gates, stride) computes the c gates of `count` samples, whose vectors lie `stride` apart.
 template <class T, class F>
 void channel_gate(const Context& context, int64_t n, int64_t c, int64_t hw, const Map& x, const Map& y,
                   bool add_maxpool, F gate) {
   using A = Acc<T>;
   const int64_t size = 4 * c + (x.pixel == 1 ? 0 : row_sums_size<1>(hw, c));
   A* workspace = static_cast<A*>(context.workspace(context, n * size * sizeof(A)));
-  for_each_sample(context, n, c * hw, [&](int64_t sample, const Team& team) {
-    A *pooled = workspace + sample * size, *gates = pooled + c, *max = gates + c, *ties = max + c, *partial = ties + c;
+  const bool far = exceeds_caches(context, n * c * hw * sizeof(T));
+  const auto squeeze = [&](int64_t sample, const Team& team) {
+    A *pooled = workspace + sample * size, *max = pooled + 2 * c, *ties = max + c, *partial = ties + c;
     channel_sums<T, false>(team, x, x, sample, c, hw, partial, pooled);
     if (add_maxpool) channel_max<T>(team, x, sample, c, hw, max, ties);
     finish_squeeze(pooled, add_maxpool ? max : nullptr, c, hw);
-    gate(sample, pooled, gates);
+  };
+  const auto scale = [&](int64_t sample, const Team& team) {
+    const A* gates = workspace + sample * size + c;
     if (x.pixel == 1) {
       team.split(c, hw, [&](int64_t begin, int64_t end) {
         for (int64_t i = begin; i < end; i++) {
           const T* from = row<T>(x, sample, i);
-          T* to = row<T>(y, sample, i);
-          for_lanes<T>(hw, [&](int64_t p, auto lanes) { store(to + p, load(from + p, lanes) * gates[i], lanes); });
+          write_row<T>(row<T>(y, sample, i), hw, far, [&](int64_t p, auto lanes) { return load(from + p, lanes) * gates[i]; });
         }
+        finish_stores();
       });
     } else {
       team.split(hw, c, [&](int64_t begin, int64_t end) {
         for (int64_t p = begin; p < end; p++) {
           const T* from = row<T>(x, sample, 0, p);
-          T* to = row<T>(y, sample, 0, p);
-          for_lanes<T>(c, [&](int64_t i, auto lanes) { store(to + i, load(from + i, lanes) * load(gates + i, lanes), lanes); });
+          write_row<T>(row<T>(y, sample, 0, p), c, far,
+                       [&](int64_t i, auto lanes) { return load(from + i, lanes) * load(gates + i, lanes); });
         }
+        finish_stores();
       });
     }
+  };
+  for_each_group(context, n, group_size(c * hw * sizeof(T)), c * hw, [&](int64_t first, int64_t count, const Team& team) {
+    for (int64_t i = first; i < first + count; i++) squeeze(i, team);
+    A* pooled = workspace + first * size;
+    gate(first, count, pooled, pooled + c, size);
+    for (int64_t i = first; i < first + count; i++) scale(i, team);
   });
 }
 
-// gate_backward(sample, pooled, grad_gates, gates, grad_pooled) computes the gates again, and from their gradients that
-// of the squeeze.
+// gate_backward(sample, count, pooled, grad_gates, gates, grad_pooled, stride) computes the gates again, and from their
+// gradients that of the squeeze.
 template <class T, class F>
 void channel_gate_backward(const Context& context, int64_t n, int64_t c, int64_t hw, const Map& grad, const Map& x,
                            const Map& grad_x, bool add_maxpool, F gate_backward) {
   using A = Acc<T>;
   const int64_t size = 6 * c + (x.pixel == 1 ? 0 : row_sums_size<2>(hw, c));
   A* workspace = static_cast<A*>(context.workspace(context, n * size * sizeof(A)));
-  for_each_sample(context, n, 2 * c * hw, [&](int64_t sample, const Team& team) {
-    A *pooled = workspace + sample * size, *grad_gates = pooled + c, *gates = grad_gates + c, *grad_pooled = gates + c,
-      *max = grad_pooled + c, *ties = max + c, *partial = ties + c;
+  const bool far = exceeds_caches(context, n * c * hw * sizeof(T));
+  const auto squeeze = [&](int64_t sample, const Team& team) {
+    A *pooled = workspace + sample * size, *max = pooled + 4 * c, *ties = max + c, *partial = ties + c;
     channel_sums<T, true>(team, x, grad, sample, c, hw, partial, pooled);
     if (add_maxpool) channel_max<T>(team, x, sample, c, hw, max, ties);
     finish_squeeze(pooled, add_maxpool ? max : nullptr, c, hw);
-    gate_backward(sample, pooled, grad_gates, gates, grad_pooled);
+  };
+  const auto finish = [&](int64_t sample, const Team& team) {
+    A *gates = workspace + sample * size + 2 * c, *grad_pooled = gates + c, *max = grad_pooled + c, *ties = max + c;
     // What every pixel gets of the squeeze's gradient, and what those with the maximum get besides (into ties).
     const A mean_part = (add_maxpool ? A(0.5) : A(1)) / A(hw);
     for_lanes<A>(c, [&](int64_t i, auto lanes) {
@@ -146,29 +162,36 @@ void channel_gate_backward(const Context& context, int64_t n, int64_t c, int64_t
         team.split(c, 2 * hw, [&](int64_t begin, int64_t end) {
           for (int64_t i = begin; i < end; i++) {
             const T *g = row<T>(grad, sample, i), *v = row<T>(x, sample, i);
-            T* to = row<T>(grad_x, sample, i);
-            for_lanes<T>(hw, [&](int64_t p, auto lanes) {
+            write_row<T>(row<T>(grad_x, sample, i), hw, far, [&](int64_t p, auto lanes) {
               Vec<A> d = load(g + p, lanes) * gates[i] + grad_pooled[i];
               if constexpr (kMax) d += load(v + p, lanes) == max[i] ? splat<Vec<A>>(ties[i]) : Vec<A>{};
-              store(to + p, d, lanes);
+              return d;
             });
           }
+          finish_stores();
         });
       } else {
         team.split(hw, 2 * c, [&](int64_t begin, int64_t end) {
           for (int64_t p = begin; p < end; p++) {
             const T *g = row<T>(grad, sample, 0, p), *v = row<T>(x, sample, 0, p);
-            T* to = row<T>(grad_x, sample, 0, p);
-            for_lanes<T>(c, [&](int64_t i, auto lanes) {
+            write_row<T>(row<T>(grad_x, sample, 0, p), c, far, [&](int64_t i, auto lanes) {
               Vec<A> d = load(g + i, lanes) * load(gates + i, lanes) + load(grad_pooled + i, lanes);
               if constexpr (kMax) d += load(v + i, lanes) == load(max + i, lanes) ? load(ties + i, lanes) : Vec<A>{};
-              store(to + i, d, lanes);
+              return d;
             });
           }
+          finish_stores();
         });
       }
     };
     add_maxpool ? apply(std::true_type{}) : apply(std::false_type{});
+  };
+  const int64_t group = group_size(2 * c * hw * sizeof(T));
+  for_each_group(context, n, group, 2 * c * hw, [&](int64_t first, int64_t count, const Team& team) {
+    for (int64_t i = first; i < first + count; i++) squeeze(i, team);
+    A* pooled = workspace + first * size;
+    gate_backward(first, count, pooled, pooled + c, pooled + 2 * c, pooled + 3 * c, size);
+    for (int64_t i = first; i < first + count; i++) finish(i, team);
   });
 }
 

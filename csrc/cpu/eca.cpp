@@ -52,11 +52,14 @@ void forward(const Context& context, const EcaArgs& a) {
   using A = Acc<T>;
   const Filter<A> filter(context, a.weights, a.c);
   A* padded = static_cast<A*>(context.workspace(context, a.n * filter.padded_size() * sizeof(A)));
-  channel_gate<T>(context, a.n, a.c, a.hw, a.x, a.y, false, [&](int64_t sample, const A* pooled, A* gates) {
-    A* p = padded + sample * filter.padded_size();
-    filter.pad_to(p, pooled);
-    filter.forward(p, gates, gates);
-  });
+  channel_gate<T>(context, a.n, a.c, a.hw, a.x, a.y, false,
+                  [&](int64_t first, int64_t count, const A* pooled, A* gates, int64_t stride) {
+                    for (int64_t s = 0; s < count; s++) {
+                      A* p = padded + (first + s) * filter.padded_size();
+                      filter.pad_to(p, pooled + s * stride);
+                      filter.forward(p, gates + s * stride, gates + s * stride);
+                    }
+                  });
 }
 
 template <class T, class W>
@@ -69,34 +72,40 @@ void backward(const Context& context, const EcaBackwardArgs& a) {
   const int64_t size = filter.padded_size() * 2 + c + 2 * margin + k + 1;
   A* workspace = static_cast<A*>(context.workspace(context, n * size * sizeof(A)));
   const auto tap_grads = [&](int64_t sample) { return workspace + sample * size + size - (k + 1); };
-  channel_gate_backward<T>(
-      context, n, c, a.hw, a.grad, a.x, a.grad_x, false,
-      [&](int64_t sample, const A* pooled, const A* grad_gates, A* gates, A* grad_pooled) {
-        A *padded = workspace + sample * size, *grad_padded = padded + filter.padded_size(),
-          *wide = grad_padded + filter.padded_size(), *dl = wide + margin, *taps = tap_grads(sample);
-        filter.pad_to(padded, pooled);
-        filter.forward(padded, dl, gates);
-        for_lanes<A>(c, [&](int64_t i, auto lanes) {
-          const Vec<A> slope = gate_slope(load(dl + i, lanes), load(gates + i, lanes), filter.gate);
-          store(dl + i, load(grad_gates + i, lanes) * slope, lanes);
-        });
-        std::fill_n(wide, margin, A(0));
-        std::fill_n(dl + c, margin, A(0));
-        for (int64_t j = 0; j < k; j++) taps[j] = dot(dl, padded + j, c);
-        taps[k] = reduce_plane<A, 1>(c, [&](int64_t i, auto lanes) { return Vecs<A, 1>{load(dl + i, lanes)}; })[0];
-        for_lanes<A>(filter.padded_size(), [&](int64_t i, auto lanes) {
-          Vec<A> sum{};
-          for (int64_t j = 0; j < k; j++) sum += filter.taps[j] * load(wide + i + margin - j, lanes);
-          store(grad_padded + i, sum, lanes);
-        });
-        std::copy_n(grad_padded + pad, c, grad_pooled);
-        if (filter.circular) {
-          for (int64_t i = 0; i < pad; i++) {
-            grad_pooled[c - pad + i] += grad_padded[i];
-            grad_pooled[i] += grad_padded[pad + c + i];
-          }
-        }
-      });
+  const auto gate_backward = [&](int64_t sample, const A* pooled, const A* grad_gates, A* gates, A* grad_pooled) {
+    A *padded = workspace + sample * size, *grad_padded = padded + filter.padded_size(),
+      *wide = grad_padded + filter.padded_size(), *dl = wide + margin, *taps = tap_grads(sample);
+    filter.pad_to(padded, pooled);
+    filter.forward(padded, dl, gates);
+    for_lanes<A>(c, [&](int64_t i, auto lanes) {
+      const Vec<A> slope = gate_slope(load(dl + i, lanes), load(gates + i, lanes), filter.gate);
+      store(dl + i, load(grad_gates + i, lanes) * slope, lanes);
+    });
+    std::fill_n(wide, margin, A(0));
+    std::fill_n(dl + c, margin, A(0));
+    for (int64_t j = 0; j < k; j++) taps[j] = dot(dl, padded + j, c);
+    taps[k] = reduce_plane<A, 1>(c, [&](int64_t i, auto lanes) { return Vecs<A, 1>{load(dl + i, lanes)}; })[0];
+    for_lanes<A>(filter.padded_size(), [&](int64_t i, auto lanes) {
+      Vec<A> sum{};
+      for (int64_t j = 0; j < k; j++) sum += filter.taps[j] * load(wide + i + margin - j, lanes);
+      store(grad_padded + i, sum, lanes);
+    });
+    std::copy_n(grad_padded + pad, c, grad_pooled);
+    if (filter.circular) {
+      for (int64_t i = 0; i < pad; i++) {
+        grad_pooled[c - pad + i] += grad_padded[i];
+        grad_pooled[i] += grad_padded[pad + c + i];
+      }
+    }
+  };
+  channel_gate_backward<T>(context, n, c, a.hw, a.grad, a.x, a.grad_x, false,
+                           [&](int64_t first, int64_t count, const A* pooled, const A* grad_gates, A* gates,
+                               A* grad_pooled, int64_t stride) {
+                             for (int64_t s = 0; s < count; s++) {
+                               const int64_t at = s * stride;
+                               gate_backward(first + s, pooled + at, grad_gates + at, gates + at, grad_pooled + at);
+                             }
+                           });
   for (int64_t j = 0; j <= k; j++) {
     A sum = 0;
     for (int64_t sample = 0; sample < n; sample++) sum += tap_grads(sample)[j];

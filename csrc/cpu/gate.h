@@ -11,9 +11,16 @@ inline V clamp(V v, Lane<V> low, Lane<V> high) {  // a NaN stays one
   return v > high ? splat<V>(high) : v;
 }
 
+// The normal distribution function; its tanh approximation is sigmoid(tanh_argument(v)).
 template <class V>
-inline V tanh(V v) {
-  return 2 * sigmoid(2 * v) - 1;
+inline V normal_cdf(V v) {
+  using A = Lane<V>;
+  return each_lane(v * A(-M_SQRT1_2), [](A a) { return std::erfc(a); }) / 2;
+}
+template <class V>
+inline V tanh_argument(V v) {
+  using A = Lane<V>;
+  return A(M_SQRT2 * M_2_SQRTPI) * (v + A(0.044715) * v * v * v);
 }
 
 template <class V>
@@ -23,8 +30,8 @@ inline V activate(V v, Activation activation) {
     case Activation::relu: return v < 0 ? V{} : v;
     case Activation::relu6: return clamp(v, 0, 6);
     case Activation::silu: return v * sigmoid(v);
-    case Activation::gelu: return v / 2 * (1 + each_lane(v * A(M_SQRT1_2), [](A a) { return std::erf(a); }));
-    case Activation::gelu_tanh: return v / 2 * (1 + tanh(A(M_SQRT2 * M_2_SQRTPI / 2) * (v + A(0.044715) * v * v * v)));
+    case Activation::gelu: return v * normal_cdf(v);
+    case Activation::gelu_tanh: return v * sigmoid(tanh_argument(v));
     case Activation::hardswish: return v * clamp(v + 3, 0, 6) / 6;
     case Activation::leaky_relu: return v < 0 ? v * A(kLeakySlope) : v;
   }
@@ -42,14 +49,13 @@ inline V activation_slope(V v, Activation activation) {
       const V s = sigmoid(v);
       return s * (1 + v * (1 - s));
     }
-    case Activation::gelu: {
-      const V cdf = (1 + each_lane(v * A(M_SQRT1_2), [](A a) { return std::erf(a); })) / 2;
-      return cdf + v * exp(v * v / -2) * A(M_2_SQRTPI * M_SQRT1_2 / 2);
-    }
+    case Activation::gelu:  // in double: its two terms nearly cancel about v = -0.75
+      return each_lane(v, [](double a) {
+        return A(std::erfc(-a * M_SQRT1_2) / 2 + a * std::exp(a * a / -2) * (M_2_SQRTPI * M_SQRT1_2 / 2));
+      });
     case Activation::gelu_tanh: {
-      constexpr A k = A(M_SQRT2 * M_2_SQRTPI / 2);
-      const V t = tanh(k * (v + A(0.044715) * v * v * v));
-      return (1 + t) / 2 + v / 2 * (1 - t * t) * k * (1 + A(3 * 0.044715) * v * v);
+      const V s = sigmoid(tanh_argument(v));
+      return s + v * s * (1 - s) * A(M_SQRT2 * M_2_SQRTPI) * (1 + A(3 * 0.044715) * v * v);
     }
     case Activation::hardswish: return v <= -3 ? zero : v < 3 ? v / 3 + A(0.5) : one;
     case Activation::leaky_relu: return v > 0 ? one : splat<V>(kLeakySlope);

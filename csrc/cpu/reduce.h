@@ -2,6 +2,8 @@
 // vector for each sum; several sums share one read. The order of the additions depends on the sizes only, never on the
 // number of threads, and sums of many terms are built from sums of few.
 #pragma once
+#include <unistd.h>
+
 #include <array>
 
 #include "team.h"
@@ -31,15 +33,34 @@ inline void for_lanes(int64_t n, F f) {
   if (i < n) f(i, static_cast<int>(n - i));
 }
 
+// Writes f(i, lanes) to the n elements at `to`. A row that will not be in a cache when it is read next goes past them.
+template <class T, class F>
+inline void write_row(T* to, int64_t n, bool past_caches, F f) {
+  if (!past_caches) {
+    for_lanes<T>(n, [&](int64_t i, auto lanes) { store(to + i, f(i, lanes), lanes); });
+    return;
+  }
+  constexpr size_t size = kLanes<T> * sizeof(T);
+  const auto misaligned = reinterpret_cast<uintptr_t>(to) % size;
+  int64_t i = std::min<int64_t>(n, misaligned ? (size - misaligned) / sizeof(T) : 0);
+  if (i) store(to, f(int64_t{0}, static_cast<int>(i)), static_cast<int>(i));
+  for (; i + kLanes<T> <= n; i += kLanes<T>) store_past_caches(to + i, f(i, Full{}));
+  if (i < n) store(to + i, f(i, static_cast<int>(n - i)), static_cast<int>(n - i));
+}
+
+// Whether a map of so many bytes is larger than the second-level caches of the threads that write it.
+inline bool exceeds_caches(const Context& context, int64_t bytes) {
+  static const int64_t cache = std::max<int64_t>(sysconf(_SC_LEVEL2_CACHE_SIZE), 1 << 20);
+  return bytes > cache * context.threads;
+}
+
 // NCHW: the K sums of f(i, lanes) -> Vecs<A, K> over the n pixels of a plane.
 template <class T, int K, class F>
 inline std::array<Acc<T>, K> reduce_plane(int64_t n, F f) {
   using A = Acc<T>;
   constexpr int kStep = 4, L = kLanes<T>;
   constexpr int64_t kBlock = 64 * kStep * L;
-  std::array<double, K> total{};
-  for (int64_t begin = 0; begin < n; begin += kBlock) {
-    const int64_t end = std::min(n, begin + kBlock);
+  const auto block = [&](int64_t begin, int64_t end) {
     std::array<Vecs<A, K>, kStep> acc{};
     int64_t i = begin;
     for (; i + kStep * L <= end; i += kStep * L) {
@@ -56,7 +77,15 @@ inline std::array<Acc<T>, K> reduce_plane(int64_t n, F f) {
       const Vecs<A, K> v = f(i, static_cast<int>(end - i));
       for (int k = 0; k < K; k++) acc[1][k] += v[k];
     }
-    for (int k = 0; k < K; k++) total[k] += sum_lanes((acc[0][k] + acc[1][k]) + (acc[2][k] + acc[3][k]));
+    std::array<A, K> sums;
+    for (int k = 0; k < K; k++) sums[k] = sum_lanes((acc[0][k] + acc[1][k]) + (acc[2][k] + acc[3][k]));
+    return sums;
+  };
+  if (n <= kBlock) return block(0, n);
+  std::array<double, K> total{};
+  for (int64_t begin = 0; begin < n; begin += kBlock) {
+    const std::array<A, K> sums = block(begin, std::min(n, begin + kBlock));
+    for (int k = 0; k < K; k++) total[k] += sums[k];
   }
   std::array<A, K> result;
   for (int k = 0; k < K; k++) result[k] = static_cast<A>(total[k]);

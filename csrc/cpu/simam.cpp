@@ -32,12 +32,12 @@ struct PlaneStats {
 };
 
 template <class T>
-void forward_plane(const T* x, T* y, int64_t hw, double e_lambda) {
+void forward_plane(const T* x, T* y, int64_t hw, double e_lambda, bool far) {
   const PlaneStats<T> s(x, hw, e_lambda);
   const Acc<T> scale = 1 / s.q;
-  for_lanes<T>(hw, [&](int64_t i, auto lanes) {
+  write_row<T>(y, hw, far, [&](int64_t i, auto lanes) {
     const auto v = load(x + i, lanes), d = v - s.mean;
-    store(y + i, v * sigmoid(d * d * scale + Acc<T>(0.5)), lanes);
+    return v * sigmoid(d * d * scale + Acc<T>(0.5));
   });
 }
 
@@ -86,16 +86,17 @@ struct RowStats {
 
 template <class T>
 void forward_rows(const Team& team, const T* x, int64_t x_stride, T* y, int64_t hw, int64_t c, double e_lambda,
-                  Acc<T>* workspace) {
+                  Acc<T>* workspace, bool far) {
   using A = Acc<T>;
   const RowStats<T> s(team, x, x_stride, hw, c, e_lambda, workspace + 2 * c, workspace);
   team.split(hw, c, [&](int64_t begin, int64_t end) {
     for (int64_t p = begin; p < end; p++) {
-      for_lanes<T>(c, [&](int64_t i, auto lanes) {
+      write_row<T>(y + p * c, c, far, [&](int64_t i, auto lanes) {
         const Vec<A> v = load(x + p * x_stride + i, lanes), d = v - load(s.mean + i, lanes);
-        store(y + p * c + i, v * sigmoid(d * d * load(s.scale + i, lanes) + A(0.5)), lanes);
+        return v * sigmoid(d * d * load(s.scale + i, lanes) + A(0.5));
       });
     }
+    finish_stores();
   });
 }
 
@@ -134,15 +135,19 @@ void backward_rows(const Team& team, const T* grad, int64_t grad_stride, const T
 template <class T>
 void forward(const Context& context, const SimamArgs& a) {
   const int64_t size = 2 * a.c + row_sums_size<1>(a.hw, a.c);
+  const bool far = exceeds_caches(context, a.n * a.c * a.hw * sizeof(T));
   auto* workspace = a.x.pixel == 1 ? nullptr : static_cast<Acc<T>*>(context.workspace(context, a.n * size * sizeof(Acc<T>)));
   for_each_sample(context, a.n, a.c * a.hw, [&](int64_t i, const Team& team) {
     if (a.x.pixel == 1) {
       team.split(a.c, a.hw, [&](int64_t begin, int64_t end) {
-        for (int64_t c = begin; c < end; c++) forward_plane(plane_of<T>(a.x, i, c), plane_of<T>(a.y, i, c), a.hw, a.e_lambda);
+        for (int64_t c = begin; c < end; c++) {
+          forward_plane(plane_of<T>(a.x, i, c), plane_of<T>(a.y, i, c), a.hw, a.e_lambda, far);
+        }
+        finish_stores();
       });
     } else {
       forward_rows(team, plane_of<T>(a.x, i, 0), a.x.pixel, plane_of<T>(a.y, i, 0), a.hw, a.c, a.e_lambda,
-                   workspace + i * size);
+                   workspace + i * size, far);
     }
   });
 }

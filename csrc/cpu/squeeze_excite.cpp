@@ -25,17 +25,22 @@ struct Layers {
   }
   int64_t inner() const { return r ? r : c; }  // what the last layer reads
 
-  static void linear(const A* w, const A* b, const A* in, A* out, int64_t rows, int64_t cols) {
-    for (int64_t i = 0; i < rows; i++) out[i] = dot(w + i * cols, in, cols) + (b ? b[i] : A(0));
-  }
-  // hidden and active are not touched if there is one layer; logits may be gates.
-  void forward(const A* pooled, A* hidden, A* active, A* logits, A* gates) const {
+  // The gates of `count` samples from their squeezes. hidden and active (r apart) are not touched if there is one layer;
+  // hidden may be active, and logits (`logit_stride` apart) may be gates.
+  void forward(int64_t count, const A* pooled, A* hidden, A* active, A* logits, int64_t logit_stride, A* gates,
+               int64_t stride) const {
     if (r) {
-      linear(w1, b1, pooled, hidden, r, c);
-      for_lanes<A>(r, [&](int64_t i, auto lanes) { store(active + i, activate(load(hidden + i, lanes), activation), lanes); });
+      linear(count, r, c, w1, b1, pooled, stride, hidden, r);
+      for_lanes<A>(count * r, [&](int64_t i, auto lanes) {
+        store(active + i, activate(load(hidden + i, lanes), activation), lanes);
+      });
     }
-    linear(w2, b2, r ? active : pooled, logits, c, inner());
-    for_lanes<A>(c, [&](int64_t i, auto lanes) { store(gates + i, apply_gate(load(logits + i, lanes), gate), lanes); });
+    linear(count, c, inner(), w2, b2, r ? active : pooled, r ? r : stride, logits, logit_stride);
+    for (int64_t s = 0; s < count; s++) {
+      for_lanes<A>(c, [&](int64_t i, auto lanes) {
+        store(gates + s * stride + i, apply_gate(load(logits + s * logit_stride + i, lanes), gate), lanes);
+      });
+    }
   }
 };
 
@@ -45,9 +50,9 @@ void forward(const Context& context, const SqueezeExciteArgs& a) {
   const Layers<A> layers(context, a.weights, a.c);
   A* hidden = static_cast<A*>(context.workspace(context, std::max<int64_t>(1, a.n * layers.r) * sizeof(A)));
   channel_gate<T>(context, a.n, a.c, a.hw, a.x, a.y, a.weights.add_maxpool,
-                  [&](int64_t sample, const A* pooled, A* gates) {
-                    A* h = hidden + sample * layers.r;
-                    layers.forward(pooled, h, h, gates, gates);
+                  [&](int64_t first, int64_t count, const A* pooled, A* gates, int64_t stride) {
+                    A* h = hidden + first * layers.r;
+                    layers.forward(count, pooled, h, h, gates, stride, gates, stride);
                   });
 }
 
@@ -61,26 +66,30 @@ void backward(const Context& context, const SqueezeExciteBackwardArgs& a) {
   A *hidden = active + n * r, *grad_hidden = hidden + n * r, *squeezed = grad_hidden + n * r, *grad_logits = squeezed + n * c;
   channel_gate_backward<T>(
       context, n, c, a.hw, a.grad, a.x, a.grad_x, a.weights.add_maxpool,
-      [&](int64_t sample, const A* pooled, const A* grad_gates, A* gates, A* grad_pooled) {
-        A *act = active + sample * r, *h = hidden + sample * r, *grad_h = grad_hidden + sample * r,
-          *dl = grad_logits + sample * c;
-        std::copy_n(pooled, c, squeezed + sample * c);
-        layers.forward(pooled, h, act, dl, gates);
-        for_lanes<A>(c, [&](int64_t i, auto lanes) {
-          const Vec<A> slope = gate_slope(load(dl + i, lanes), load(gates + i, lanes), layers.gate);
-          store(dl + i, load(grad_gates + i, lanes) * slope, lanes);
-        });
-        sum_rows<A>(
-            c, layers.inner(), layers.w2, layers.inner(), [&](int64_t i) { return dl[i]; },
-            [&](int64_t j, auto lanes, Vec<A> sum) {
-              if (r) store(grad_h + j, sum * activation_slope(load(h + j, lanes), layers.activation), lanes);
-              else store(grad_pooled + j, sum, lanes);
-            });
-        if (r) {
-          sum_rows<A>(
-              r, c, layers.w1, c, [&](int64_t i) { return grad_h[i]; },
-              [&](int64_t j, auto lanes, Vec<A> sum) { store(grad_pooled + j, sum, lanes); });
+      [&](int64_t first, int64_t count, const A* pooled, const A* grad_gates, A* gates, A* grad_pooled, int64_t stride) {
+        A *act = active + first * r, *h = hidden + first * r, *grad_h = grad_hidden + first * r,
+          *dl = grad_logits + first * c;
+        layers.forward(count, pooled, h, act, dl, c, gates, stride);
+        for (int64_t s = 0; s < count; s++) {
+          std::copy_n(pooled + s * stride, c, squeezed + (first + s) * c);
+          for_lanes<A>(c, [&](int64_t i, auto lanes) {
+            A* logit = dl + s * c + i;
+            const Vec<A> slope = gate_slope(load(logit, lanes), load(gates + s * stride + i, lanes), layers.gate);
+            store(logit, load(grad_gates + s * stride + i, lanes) * slope, lanes);
+          });
         }
+        by_groups(count, [&]<int G>(int64_t begin, std::integral_constant<int, G>) {
+          const auto put_pooled = [&](int g, int64_t j, auto lanes, Vec<A> sum) {
+            store(grad_pooled + (begin + g) * stride + j, sum, lanes);
+          };
+          const auto left = [&](int64_t i, int g) { return dl[(begin + g) * c + i]; };
+          if (!r) return sum_rows<G, A>(c, c, layers.w2, left, put_pooled);
+          sum_rows<G, A>(c, r, layers.w2, left, [&](int g, int64_t j, auto lanes, Vec<A> sum) {
+            const int64_t at = (begin + g) * r + j;
+            store(grad_h + at, sum * activation_slope(load(h + at, lanes), layers.activation), lanes);
+          });
+          sum_rows<G, A>(r, c, layers.w1, [&](int64_t i, int g) { return grad_h[(begin + g) * r + i]; }, put_pooled);
+        });
       });
   sum_of_products(context, n, c, layers.inner(), grad_logits, r ? active : squeezed, static_cast<W*>(a.grad_w2),
                   static_cast<W*>(a.grad_b2));

@@ -35,19 +35,22 @@ class Team {
   const Context* all_;
 };
 
-// Calls f(sample, team): whole samples to threads while there are enough of them, the rest to all threads together.
+// Calls f(first, count, team) for groups of at most `group` samples: to threads while there are enough samples, the rest
+// one by one to all threads together.
+template <class F>
+void for_each_group(const Context& context, int64_t n, int64_t group, int64_t elements, F f) {
+  const Team alone(nullptr), all(&context);
+  const bool small = n * elements < 16384;  // not worth waking a thread for
+  const int64_t whole = small ? n : n - n % context.threads;
+  parallel_for(context, whole, small ? n : 1, [&](int64_t begin, int64_t end) {
+    for (int64_t i = begin; i < end; i += group) f(i, std::min(group, end - i), alone);
+  });
+  for (int64_t i = whole; i < n; i++) f(i, int64_t{1}, all);
+}
+
 template <class F>
 void for_each_sample(const Context& context, int64_t n, int64_t elements, F f) {
-  const Team alone(nullptr), all(&context);
-  if (n * elements < 16384) {
-    for (int64_t i = 0; i < n; i++) f(i, alone);
-    return;
-  }
-  const int64_t whole = n - n % context.threads;
-  parallel_for(context, whole, 1, [&](int64_t begin, int64_t end) {
-    for (int64_t i = begin; i < end; i++) f(i, alone);
-  });
-  for (int64_t i = whole; i < n; i++) f(i, all);
+  for_each_group(context, n, 1, elements, [&](int64_t sample, int64_t, const Team& team) { f(sample, team); });
 }
 
 }  // namespace convblocks::cpu

@@ -135,6 +135,27 @@ inline void store(T* p, Vec<Acc<T>> v, int count) {
   std::memcpy(p, lanes, count * sizeof(T));
 }
 
+// Past the caches, to an address aligned to the stored vector: nothing is read first, and nothing useful is pushed out.
+template <class T>
+inline void store_past_caches(T* p, Vec<Acc<T>> v) {
+#if defined(__AVX512F__)
+  if constexpr (sizeof(T) == 2) _mm256_stream_si256((__m256i*)p, (__m256i)narrow(v, T{}));
+  else _mm512_stream_si512((__m512i*)p, (__m512i)v);
+#elif defined(__AVX2__)
+  if constexpr (sizeof(T) == 2) _mm_stream_si128((__m128i*)p, (__m128i)narrow(v, T{}));
+  else _mm256_stream_si256((__m256i*)p, (__m256i)v);
+#else
+  store(p, v);
+#endif
+}
+
+// Orders the stores past the caches before whatever tells another thread that they are done.
+inline void finish_stores() {
+#if defined(__x86_64__)
+  _mm_sfence();
+#endif
+}
+
 // --- lanes ------------------------------------------------------------------------------------------------------------
 
 inline float sum_lanes(VecF v) {

@@ -21,34 +21,58 @@ const A* widened(const Context& context, const void* data, Dtype dtype, int64_t 
 
 template <class A>
 A dot(const A* a, const A* b, int64_t n) {
-  constexpr int L = kLanes<A>;
-  Vec<A> acc[2]{};
-  int64_t i = 0;
-  for (; i + 2 * L <= n; i += 2 * L) {
-    acc[0] += load(a + i) * load(b + i);
-    acc[1] += load(a + i + L) * load(b + i + L);
-  }
-  for (; i + L <= n; i += L) acc[0] += load(a + i) * load(b + i);
-  if (i < n) acc[1] += load(a + i, static_cast<int>(n - i)) * load(b + i, static_cast<int>(n - i));
-  return sum_lanes(acc[0] + acc[1]);
+  return reduce_plane<A, 1>(n, [&](int64_t i, auto lanes) { return Vecs<A, 1>{load(a + i, lanes) * load(b + i, lanes)}; })[0];
 }
 
-// Calls store(j, lanes, sum over i < rows of left(i) * w[i * cols + j]) for all j < cols.
-template <class A, class Left, class Store>
-void sum_rows(int64_t rows, int64_t cols, const A* w, int64_t stride, Left left, Store put) {
+// Calls f(first, std::integral_constant<int, G>) for groups of 4, then of 1: a weight loaded once serves the whole group.
+template <class F>
+void by_groups(int64_t count, F f) {
+  int64_t i = 0;
+  for (; i + 4 <= count; i += 4) f(i, std::integral_constant<int, 4>{});
+  for (; i < count; i++) f(i, std::integral_constant<int, 1>{});
+}
+
+// out_s = w in_s + b for each of `count` samples s, whose vectors lie `in_stride` and `out_stride` apart; w is (rows, cols).
+template <class A>
+void linear(int64_t count, int64_t rows, int64_t cols, const A* w, const A* b, const A* in, int64_t in_stride, A* out,
+            int64_t out_stride) {
+  by_groups(count, [&]<int G>(int64_t first, std::integral_constant<int, G>) {
+    for (int64_t i = 0; i < rows; i++) {
+      const auto sums = reduce_plane<A, G>(cols, [&](int64_t j, auto lanes) {
+        const Vec<A> weight = load(w + i * cols + j, lanes);
+        Vecs<A, G> v;
+        for (int g = 0; g < G; g++) v[g] = weight * load(in + (first + g) * in_stride + j, lanes);
+        return v;
+      });
+      for (int g = 0; g < G; g++) out[(first + g) * out_stride + i] = sums[g] + (b ? b[i] : A(0));
+    }
+  });
+}
+
+// Calls put(g, j, lanes, the sum over i < rows of left(i, g) * w[i * cols + j]) for all g < G and j < cols.
+template <int G, class A, class Left, class Put>
+void sum_rows(int64_t rows, int64_t cols, const A* w, Left left, Put put) {
   constexpr int kStep = 4, L = kLanes<A>;
   int64_t j = 0;
   for (; j + kStep * L <= cols; j += kStep * L) {
-    Vec<A> acc[kStep]{};
+    Vec<A> acc[G][kStep]{};
     for (int64_t i = 0; i < rows; i++) {
-      for (int s = 0; s < kStep; s++) acc[s] += left(i) * load(w + i * stride + j + s * L);
+      for (int s = 0; s < kStep; s++) {
+        const Vec<A> weight = load(w + i * cols + j + s * L);
+        for (int g = 0; g < G; g++) acc[g][s] += left(i, g) * weight;
+      }
     }
-    for (int s = 0; s < kStep; s++) put(j + s * L, Full{}, acc[s]);
+    for (int g = 0; g < G; g++) {
+      for (int s = 0; s < kStep; s++) put(g, j + s * L, Full{}, acc[g][s]);
+    }
   }
   for_lanes<A>(cols - j, [&](int64_t offset, auto lanes) {
-    Vec<A> acc{};
-    for (int64_t i = 0; i < rows; i++) acc += left(i) * load(w + i * stride + j + offset, lanes);
-    put(j + offset, lanes, acc);
+    Vec<A> acc[G]{};
+    for (int64_t i = 0; i < rows; i++) {
+      const Vec<A> weight = load(w + i * cols + j + offset, lanes);
+      for (int g = 0; g < G; g++) acc[g] += left(i, g) * weight;
+    }
+    for (int g = 0; g < G; g++) put(g, j + offset, lanes, acc[g]);
   });
 }
 
@@ -56,16 +80,17 @@ void sum_rows(int64_t rows, int64_t cols, const A* w, int64_t stride, Left left,
 template <class W, class A>
 void sum_of_products(const Context& context, int64_t n, int64_t rows, int64_t cols, const A* left, const A* right,
                      W* grad_w, W* grad_b) {
-  parallel_for(context, rows, std::max<int64_t>(1, 16384 / (n * cols)), [&](int64_t begin, int64_t end) {
-    for (int64_t i = begin; i < end; i++) {
-      sum_rows<A>(
-          n, cols, right, cols, [&](int64_t sample) { return left[sample * rows + i]; },
-          [&](int64_t j, auto lanes, Vec<A> sum) { store(grad_w + i * cols + j, sum, lanes); });
-      if (grad_b) {
-        A sum = 0;
-        for (int64_t sample = 0; sample < n; sample++) sum += left[sample * rows + i];
-        grad_b[i] = static_cast<W>(sum);
-      }
+  parallel_for(context, rows, std::max<int64_t>(4, 16384 / (n * cols)), [&](int64_t begin, int64_t end) {
+    by_groups(end - begin, [&]<int G>(int64_t offset, std::integral_constant<int, G>) {
+      const int64_t first = begin + offset;
+      sum_rows<G, A>(
+          n, cols, right, [&](int64_t sample, int g) { return left[sample * rows + first + g]; },
+          [&](int g, int64_t j, auto lanes, Vec<A> sum) { store(grad_w + (first + g) * cols + j, sum, lanes); });
+    });
+    for (int64_t i = begin; grad_b && i < end; i++) {
+      A sum = 0;
+      for (int64_t sample = 0; sample < n; sample++) sum += left[sample * rows + i];
+      grad_b[i] = static_cast<W>(sum);
     }
   });
 }

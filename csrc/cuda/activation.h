@@ -41,24 +41,25 @@ __device__ A activate(A x, Activation activation) {
   return x;
 }
 
+// The gradient by x of what has the gradient `grad`. Where torch selects zero, zero, even if `grad` is NaN or infinite.
 template <class A>
-__device__ A activation_slope(A x, Activation activation) {
+__device__ A activation_grad(A grad, A x, Activation activation) {
   switch (activation) {
-    case Activation::relu: return x <= 0 ? A(0) : A(1);
-    case Activation::relu6: return x <= 0 || x >= 6 ? A(0) : A(1);
+    case Activation::relu: return x <= 0 ? A(0) : grad;
+    case Activation::relu6: return x <= 0 || x >= 6 ? A(0) : grad;
     case Activation::silu: {
       const A s = sigmoid(x);
-      return s * (1 + x * (1 - s));
+      return grad * s * (1 + x * (1 - s));
     }
-    case Activation::gelu: return normal_cdf(x) + x * std::exp(x * x / -2) * A(0.39894228040143268);
+    case Activation::gelu: return grad * (normal_cdf(x) + x * std::exp(x * x / -2) * A(0.39894228040143268));
     case Activation::gelu_tanh: {
       const A t = gelu_tanh_term(x);
-      return (1 + t) / 2 + x / 2 * (1 - t * t) * A(0.79788456080286536) * (1 + A(3 * 0.044715) * x * x);
+      return grad * ((1 + t) / 2 + x / 2 * (1 - t * t) * A(0.79788456080286536) * (1 + A(3 * 0.044715) * x * x));
     }
-    case Activation::hardswish: return x <= -3 ? A(0) : x < 3 ? x / 3 + A(0.5) : A(1);
-    case Activation::leaky_relu: return x > 0 ? A(1) : A(kLeakySlope);
+    case Activation::hardswish: return x <= -3 ? A(0) : x < 3 ? grad * (x / 3 + A(0.5)) : grad;
+    case Activation::leaky_relu: return x > 0 ? grad : grad * A(kLeakySlope);
   }
-  return 1;
+  return grad;
 }
 
 template <class A>
@@ -67,9 +68,9 @@ __device__ A apply_gate(A x, Gate gate) {
 }
 
 template <class A>
-__device__ A gate_slope(A x, A gated, Gate gate) {
-  if (gate == Gate::sigmoid) return gated * (1 - gated);
-  return x > -3 && x < 3 ? A(1) / 6 : A(0);
+__device__ A gate_grad(A grad, A x, A gated, Gate gate) {
+  if (gate == Gate::sigmoid) return grad * (1 - gated) * gated;
+  return x > -3 && x < 3 ? grad / 6 : A(0);
 }
 
 }  // namespace convblocks::cuda

@@ -24,7 +24,7 @@ __global__ void __launch_bounds__(kThreads)
   if (valid) {
     const A logit = filter(sample, channel, 0, 1), gated = apply_gate(logit, gate);
     gates[plane] = gated;
-    slope = slopes[plane] = pooled.total(pooled.dot, plane) * gate_slope(logit, gated, gate);
+    slope = slopes[plane] = gate_grad(pooled.total(pooled.dot, plane), logit, gated, gate);
   }
   for (int64_t tap = 0; tap <= filter.taps; tap++) {
     A share[1] = {slope};

@@ -34,13 +34,20 @@ class Team {
   using A = Acc<T>;
   const Place at;
 
+  // The shared memory of a block for the tiles of `maps` maps, and for reductions.
+  __host__ __device__ static int64_t kept_bytes(const Tiling& tiling, int maps) {
+    return ceil_div(tiling.teams * maps * tiling.tile_vectors() * sizeof(Vec<T, V>), 16) * 16;
+  }
+  static int64_t shared_bytes(const Tiling& tiling, int maps) {
+    return kept_bytes(tiling, maps) + tiling.reduce_bytes<A>(maps * P);
+  }
   // `maps` is the number of maps of which the team keeps its tile.
   __device__ Team(const Tiling& tiling, int64_t pixels, int maps, unsigned char* shared)
-      : at(tiling), tiling_(tiling), pixels_(pixels) {
-    const int held = static_cast<int>(tiling.held()) * tiling.threads;
-    kept_ = reinterpret_cast<Vec<T, V>*>(shared) + threadIdx.y * maps * held + threadIdx.x;
-    other_ = held;
-    scratch_ = reinterpret_cast<A*>(shared + tiling.teams * maps * held * sizeof(Vec<T, V>));
+      : at(tiling, blockIdx.x), tiling_(tiling), pixels_(pixels) {
+    const int vectors = tiling.tile_vectors();
+    kept_ = reinterpret_cast<Vec<T, V>*>(shared) + threadIdx.y * maps * vectors + threadIdx.x;
+    other_ = vectors;
+    scratch_ = reinterpret_cast<A*>(shared + kept_bytes(tiling, maps));
   }
   // Vector k of the thread in the tile of a map: each thread reads only what it has written.
   __device__ Vec<T, V>& kept(int k, int map = 0) const { return kept_[map * other_ + k * static_cast<int>(blockDim.x)]; }
@@ -69,7 +76,7 @@ class Team {
         mean[p] = merge(p, [&](int64_t chunk, int64_t i) { return shares.mean[i] * pixels_of(chunk); });
       }
     } else {
-      each_kept([&](int e, A value) { mean[e % P] += value; });
+      add_kept(mean, [](int, A value) { return value; });
     }
     sum(mean);
     for (int p = 0; p < P; p++) mean[p] *= scale;
@@ -81,9 +88,9 @@ class Team {
         });
       }
     } else {
-      each_kept([&](int e, A value) {
+      add_kept(squares, [&](int e, A value) {
         const A d = value - mean[e % P];
-        squares[e % P] += d * d;
+        return d * d;
       });
     }
     sum(squares);
@@ -91,12 +98,11 @@ class Team {
 
  private:
   template <class F>
-  __device__ void each_kept(F f) const {
+  __device__ void add_kept(A* sums, F f) const {
 #pragma unroll kUnroll<V>
     for (int k = 0; k < at.count; k++) {
       const Vec<T, V> v = kept(k);
-#pragma unroll
-      for (int e = 0; e < V; e++) f(e, static_cast<A>(v.data[e]));
+      add_vector<V, P>(sums, [&](int e) { return f(e, static_cast<A>(v.data[e])); });
     }
   }
   __device__ int64_t planes() const { return tiling_.samples * tiling_.columns * P; }
@@ -113,7 +119,7 @@ class Team {
 };
 
 template <class T, int V, int P>
-__global__ void __launch_bounds__(kMaxThreads)
+__global__ void __launch_bounds__(kMaxThreads, 1)
     simam_kernel(Pass pass, View<const T> x, View<T> y, Tiling tiling, int64_t pixels, Acc<T> lambda, Partial<Acc<T>> part) {
   using A = Acc<T>;
   CB_DYN_SHARED(unsigned char, shared);
@@ -144,7 +150,7 @@ __global__ void __launch_bounds__(kMaxThreads)
 // With g the gradient, s the gate, q = 1 / (2 (v + lambda)), t = g x s (1 - s):
 //   grad_x = g s + q t d - d 2 q^2 sum(t d^2) / (HW - 1) - q sum(t d) / HW
 template <class T, int V, int P>
-__global__ void __launch_bounds__(kMaxThreads)
+__global__ void __launch_bounds__(kMaxThreads, 1)
     simam_backward_kernel(Pass pass, View<const T> grad, View<const T> x, View<T> grad_x, Tiling tiling, int64_t pixels,
                           Acc<T> lambda, Partial<Acc<T>> part) {
   using A = Acc<T>;
@@ -159,15 +165,13 @@ __global__ void __launch_bounds__(kMaxThreads)
   team.moments(pass != Pass::whole, part, mean, q);
   for (int p = 0; p < P; p++) q[p] = 1 / (2 * (q[p] / A(pixels - 1) + lambda));
 
-  // Calls f(e, g s, t, d) for the elements of vector k.
-  const auto each = [&](int k, auto f) {
-    const Vec<T, V> v = team.kept(k), g = team.kept(k, 1);
-#pragma unroll
-    for (int e = 0; e < V; e++) {
-      const A value = static_cast<A>(v.data[e]), d = value - mean[e % P];
-      const A gate = sigmoid(d * d * q[e % P] / 2 + A(0.5)), gs = static_cast<A>(g.data[e]) * gate;
-      f(e, gs, gs * value * (1 - gate), d);
-    }
+  struct Element {
+    A d, gs, t;
+  };
+  const auto element = [&](const Vec<T, V>& v, const Vec<T, V>& g, int e) -> Element {
+    const A value = static_cast<A>(v.data[e]), d = value - mean[e % P];
+    const A gate = sigmoid(d * d * q[e % P] / 2 + A(0.5)), gs = static_cast<A>(g.data[e]) * gate;
+    return {d, gs, gs * value * (1 - gate)};
   };
   for (int p = 0; p < P; p++) s[p] = s[P + p] = 0;
   if (pass == Pass::finish) {
@@ -178,10 +182,15 @@ __global__ void __launch_bounds__(kMaxThreads)
   } else {
 #pragma unroll kUnroll<V>
     for (int k = 0; k < at.count; k++) {
-      each(k, [&](int e, A, A t, A d) {
-        s[e % P] += t * d * d;
-        s[P + e % P] += t * d;
-      });
+      const Vec<T, V> v = team.kept(k), g = team.kept(k, 1);
+      A vector_s[2 * P] = {};
+#pragma unroll
+      for (int e = 0; e < V; e++) {
+        const auto [d, gs, t] = element(v, g, e);
+        vector_s[e % P] += t * d * d;
+        vector_s[P + e % P] += t * d;
+      }
+      for (int p = 0; p < 2 * P; p++) s[p] += vector_s[p];
     }
   }
   team.sum(s);
@@ -197,17 +206,15 @@ __global__ void __launch_bounds__(kMaxThreads)
   T* out = at.in(grad_x);
 #pragma unroll kUnroll<V>
   for (int k = 0; k < at.count; k++, out += at.step * grad_x.vector) {
-    Vec<T, V> v;
-    each(k, [&](int e, A gs, A t, A d) {
+    Vec<T, V> v = team.kept(k);
+    const Vec<T, V> g = team.kept(k, 1);
+#pragma unroll
+    for (int e = 0; e < V; e++) {
+      const auto [d, gs, t] = element(v, g, e);
       v.data[e] = static_cast<T>(gs + (q[e % P] * t - s[e % P]) * d - s[P + e % P]);
-    });
+    }
     store(out, v);
   }
-}
-
-template <class T, int V, int P>
-int64_t shared_bytes(const Tiling& tiling, int maps) {
-  return tiling.teams * tiling.held() * tiling.threads * maps * sizeof(Vec<T, V>) + tiling.reduce_bytes<Acc<T>>(maps * P);
 }
 
 // Tiles of whole planes where they fit: as wide as they can be, so that neighbours in memory are read together.
@@ -221,14 +228,14 @@ Tiling simam_tiling(const Layout& layout, int maps) {
   const int narrowest = V > 1 ? 1 : std::min<int>(widest, 32 / sizeof(T));  // a sector of memory
   for (int width = widest; width >= narrowest; width /= 2) {
     const Tiling whole = tiling(width, 1);
-    if (shared_bytes<T, V, P>(whole, maps) <= kSharedBytes) return whole;
+    if (Team<T, V, P>::shared_bytes(whole, maps) <= kSharedBytes) return whole;
   }
   return tiling(widest, ceil_div(layout.height * widest * maps * sizeof(Vec<T, V>), 32 << 10));
 }
 
 template <class T, int V, int P, class... Parameters, class... Arguments>
 void launch(const Context& context, const Tiling& tiling, int maps, void (*kernel)(Parameters...), Arguments... arguments) {
-  const auto bytes = static_cast<int>(shared_bytes<T, V, P>(tiling, maps));
+  const auto bytes = static_cast<int>(Team<T, V, P>::shared_bytes(tiling, maps));
   if (bytes > 48 << 10) cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, bytes);
   CB_LAUNCH(kernel, tiling.blocks(), tiling.block(), bytes, stream_of(context), arguments...);
 }

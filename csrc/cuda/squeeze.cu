@@ -11,15 +11,15 @@ __global__ void __launch_bounds__(kMaxThreads, 2)
     pool_kernel(View<const T> x, View<const T> grad, Tiling tiling, Pooled<Acc<T>> out) {
   using A = Acc<T>;
   CB_DYN_SHARED(A, shared);
-  const Place at(tiling);
+  const Place at(tiling, blockIdx.x);
   A sums[P * (1 + kBackward)] = {};  // of x, then of grad * x
   A max[P], ties[P] = {};
   for (int p = 0; p < P; p++) max[p] = -INFINITY;
   const auto see = [&](const Vec<T, V>& v) {
+    add_vector<V, P>(sums, [&](int e) { return static_cast<A>(v.data[e]); });
 #pragma unroll
     for (int e = 0; e < V; e++) {
       const A value = static_cast<A>(v.data[e]);
-      sums[e % P] += value;
       if (kBackward) ties[e % P] = value > max[e % P] ? 1 : ties[e % P] + (value == max[e % P]);
       max[e % P] = Max()(max[e % P], value);
     }
@@ -27,8 +27,7 @@ __global__ void __launch_bounds__(kMaxThreads, 2)
   if constexpr (kBackward) {
     for_each_vector<V>(at, x, grad, [&](int64_t, const Vec<T, V>& v, const Vec<T, V>& g) {
       see(v);
-#pragma unroll
-      for (int e = 0; e < V; e++) sums[P + e % P] += static_cast<A>(v.data[e]) * static_cast<A>(g.data[e]);
+      add_vector<V, P>(sums + P, [&](int e) { return static_cast<A>(v.data[e]) * static_cast<A>(g.data[e]); });
     });
   } else {
     for_each_vector<V>(at, x, [&](int64_t, const Vec<T, V>& v) { see(v); });
@@ -60,12 +59,13 @@ __global__ void __launch_bounds__(kMaxThreads, 2)
     apply_kernel(View<const T> in, View<const T> x, View<T> out, Tiling tiling, Changes<T> source) {
   using A = Acc<T>;
   CB_DYN_SHARED(Change<A>, changes);
+  const unsigned block = gridDim.x - 1 - blockIdx.x;  // begins with what the pass before has read last: it is in the cache
   const int tile_planes = tiling.width * P, planes = tiling.teams * tile_planes;
   const int thread = threadIdx.y * blockDim.x + threadIdx.x, lanes = source.lanes();
   const int at_a_time = tiling.threads * tiling.teams / lanes;
   const int64_t channels = tiling.columns * P;
   for (int i = thread / lanes; i - thread % 32 / lanes < planes; i += at_a_time) {  // a warp stays together
-    const int64_t tile = int64_t{blockIdx.x} * tiling.teams + i / tile_planes;
+    const int64_t tile = int64_t{block} * tiling.teams + i / tile_planes;
     const Quotient group = divide(tile, tiling.groups);
     const int64_t sample = divide(group.quotient, tiling.chunks).quotient;
     const int64_t channel = group.remainder * tile_planes + i % tile_planes;
@@ -74,7 +74,7 @@ __global__ void __launch_bounds__(kMaxThreads, 2)
     if (valid && thread % lanes == 0) changes[i] = change;
   }
   __syncthreads();
-  const Place at(tiling);
+  const Place at(tiling, block);
   if (at.count == 0) return;
   Change<A> mine[P];
   for (int p = 0; p < P; p++) mine[p] = changes[threadIdx.y * tile_planes + at.lane * P + p];

@@ -39,7 +39,8 @@ const char* find_layout(int64_t n, int64_t c, int64_t hw, const Map (&maps)[K], 
     rows &= map.channel == 1 || c == 1;
     planes &= map.pixel == 1 || hw == 1;
   }
-  if (!rows && !planes) return "expected maps of one layout: all NCHW or all channels_last";
+  if (!rows && !planes) return "maps of different layouts";
+  if (n * c > INT32_MAX / 2) return "more than 2^30 planes";  // the blocks of a grid have 31-bit numbers
   const bool channels_last = rows && (hw == 1 || !planes);
   bool vectors = kVector<T> > 1 && (channels_last ? c : hw) % kVector<T> == 0;
   for (const Map& map : maps) {
@@ -81,8 +82,7 @@ struct Tiling {
   int64_t tiles() const { return samples * groups * chunks; }
   unsigned blocks() const { return static_cast<unsigned>(ceil_div(tiles(), teams)); }
   dim3 block() const { return dim3(threads, teams); }
-  // The most vectors of a thread.
-  __host__ __device__ int64_t held() const { return ceil_div(length, threads / width); }
+  __host__ __device__ int64_t tile_vectors() const { return length * width; }
   // Shared memory that a team needs to reduce k numbers for each of its columns (reduce.h).
   template <class A>
   size_t reduce_bytes(int k) const {
@@ -115,8 +115,8 @@ struct Place {
   int row, step, lane;  // its place in the team: `lane` across, `row` of `step` along
   bool valid;
 
-  __device__ explicit Place(const Tiling& t) {
-    const int64_t tile = int64_t{blockIdx.x} * blockDim.y + threadIdx.y;
+  __device__ Place(const Tiling& t, unsigned block) {
+    const int64_t tile = int64_t{block} * blockDim.y + threadIdx.y;
     const Quotient group = divide(tile, t.groups), part = divide(group.quotient, t.chunks);
     row = threadIdx.x / t.width;
     lane = threadIdx.x % t.width;
@@ -135,6 +135,19 @@ struct Place {
     return map.data + sample * map.sample + column * map.column + first * map.vector;
   }
 };
+
+// Adds f(element) to the sum of the element's plane, for the elements of a vector: within the vector first, as sums of few
+// lose less to rounding.
+template <int V, int P, class A, class F>
+__device__ void add_vector(A* sums, F f) {
+#pragma unroll
+  for (int p = 0; p < P; p++) {
+    A sum = f(p);
+#pragma unroll
+    for (int e = p + P; e < V; e += P) sum += f(e);
+    sums[p] += sum;
+  }
+}
 
 // Calls f(k, vector k) for the vectors of a thread, with several loads under way at a time.
 template <int V, class T, class F>

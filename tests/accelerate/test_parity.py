@@ -10,8 +10,7 @@ import torch
 from torch import Tensor, nn
 
 import convblocks
-from tests.accelerate.sources import CHANNELS, each_source, made
-from tests.ops.common import complaint, worst
+from tests.accelerate.sources import CHANNELS, complaint, each_source, made, timm
 
 
 def _run(module: nn.Module, x: Tensor, grad: Tensor) -> list[Tensor]:
@@ -45,10 +44,7 @@ def test_output_and_gradients(
         assert after[0].stride() == before[0].stride() == x.stride()
         for a, b, c in zip(after, before, exact, strict=True):
             assert (a.dtype, a.shape) == (b.dtype, b.shape)
-            if dtype == torch.float64:
-                torch.testing.assert_close(a, b, rtol=1e-11, atol=1e-13 * c.abs().max().item())
-            else:
-                assert complaint(a, worst(b, c), c) is None
+            assert complaint(a, b, c) is None
     with torch.no_grad():
         assert torch.equal(fast(x), after[0])
 
@@ -62,7 +58,7 @@ def test_output_and_gradients(
 def test_autocast_dtype(
     make: Callable[[], nn.Module], autocast: torch.dtype, dtype: torch.dtype, backend: str, device: str
 ) -> None:
-    module = made(make, scale=1.0).to(device)
+    module = made(make).to(device)
     fast = _accelerated(module)
     x = torch.randn(2, CHANNELS, 6, 6).to(device, dtype).requires_grad_()
     with torch.autocast(device, autocast):
@@ -75,12 +71,10 @@ def test_autocast_dtype(
     )
     for b, a in zip(*grads, strict=True):
         assert a.dtype == b.dtype
-        torch.testing.assert_close(a, b, rtol=0.1, atol=0.1 * b.abs().max().item())
+        assert (a - b).norm() <= 0.1 * b.norm()  # a value that is rounded across a kink has another gradient
 
 
 def test_timm_autocast_dtype_of_a_whole_network(backend: str, device: str) -> None:
-    from tests.accelerate.sources import timm
-
     model = timm.create_model("ecaresnet26t", num_classes=5).to(device).eval()
     x = torch.randn(1, 3, 64, 64, device=device)
     with torch.no_grad(), torch.autocast(device, torch.bfloat16):

@@ -16,10 +16,10 @@ def run(*args: str) -> int:
     return main(["run", *SMALL, *args])
 
 
-def timing(seconds: float, spread: float = 0.01) -> Timing:
+def timing(seconds: float, spread: float = 0.01, near: int = 5) -> Timing:
     """Samples from ``seconds`` on; the quartiles are at 1, 2 and 3 times ``spread`` above it."""
     q1, median, q3 = (seconds * (1 + i * spread) for i in (1, 2, 3))
-    return Timing(seconds, q1, median, q3, 9)
+    return Timing(seconds, q1, median, q3, 9, near)
 
 
 def row(ours: float | None, peers: dict[str, float], **changes: Any) -> Row:

@@ -41,6 +41,10 @@ def test_what_a_row_derives() -> None:
     wrong = row(None, PEERS)
     assert (wrong.ratio, wrong.median_ratio, wrong.gbps, wrong.copy_share) == (None, None, None, None)
     assert row(1e-3, {}).ratio is None
+    assert r.settled
+    assert not dataclasses.replace(r, ours=timing(1e-3, near=2)).settled
+    assert not dataclasses.replace(r, peers={"eager/contiguous": timing(1e-3, near=2)}).settled
+    assert not wrong.settled
 
 
 def test_summary_counts_only_what_was_timed() -> None:

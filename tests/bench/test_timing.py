@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from typing import Any
 
 import pytest
@@ -24,7 +25,7 @@ class _Clock:
 
 
 def test_timing_of_samples() -> None:
-    assert Timing.of([5.0, 1.0, 3.0, 2.0, 4.0]) == Timing(1.0, 2.0, 3.0, 4.0, 5)
+    assert Timing.of([5.0, 1.0, 3.0, 2.0, 1.04]) == Timing(1.0, 1.04, 2.0, 3.0, 5, 2)
 
 
 def test_calls_are_sampled_in_turn_and_in_changing_order() -> None:
@@ -54,6 +55,27 @@ def test_the_time_asked_for_is_kept() -> None:
     assert 7 < timing.n < 10**6
     assert 0 < timing.min < 1e-5
     assert calls > timing.n
+
+
+def test_a_busy_machine_gets_more_time(monkeypatch: pytest.MonkeyPatch) -> None:
+    """One sample is much shorter than the rest: it is not believed before it was reached again."""
+    now = 0
+
+    class Clock(_Clock):
+        def sample(self, call: Call, repeats: int) -> float:
+            nonlocal now
+            now += 1
+            return next(values)
+
+    monkeypatch.setattr(time, "perf_counter", lambda: now)
+    values = iter([9.0, 1.0, *[2.0] * 100, 1.01, 1.02, *[2.0] * 1000])  # the first is the calibration
+    timing = interleave({"call": lambda: None}, Clock(0.0), seconds=50)["call"]
+    assert (timing.near, timing.settled, timing.n) == (3, True, 103)
+    values = iter([9.0, 1.0, *[2.0] * 1000])
+    timing = interleave({"call": lambda: None}, Clock(0.0), seconds=50)["call"]
+    assert (timing.near, timing.settled, timing.n) == (1, False, 151)
+    values = iter([2.0] * 1000)
+    assert interleave({"call": lambda: None}, Clock(0.0), seconds=50)["call"].n == 51
 
 
 def test_the_cache_is_flushed_outside_the_events(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -123,7 +123,7 @@ class Emulator:
     """A shared object that ``build`` made, loaded into this process."""
 
     def __init__(self, file: Path) -> None:
-        self.file = file
+        self.file, self.variant = file, file.parent.name
         self.library = ctypes.CDLL(str(file))
         self.library.cuda_cpu_reports.restype = ctypes.c_char_p
 

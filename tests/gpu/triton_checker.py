@@ -184,6 +184,8 @@ def install() -> None:
     triton_bf16.install()
     load, store = builder.create_masked_load, builder.create_masked_store
     update, exchange, launch = builder.create_atomic_rmw, builder.create_atomic_cas, GridExecutor.__call__
+    patch_language = interpreter._patch_lang
+    patched: set[frozenset[int]] = set()
 
     def checked_load(self: Any, pointer: TensorHandle, mask: Any, other: Any, *rest: Any, **options: Any) -> Any:
         _check(pointer, mask, "load")
@@ -201,8 +203,17 @@ def install() -> None:
         _check(pointer, None, "update")
         return exchange(self, pointer, *rest)
 
+    def patch_language_once(function: Any) -> Any:
+        """The interpreter does it again in each call of a device function, which takes half of its time."""
+        modules = frozenset(id(m) for m in function.__globals__.values() if m is tl or m is tl.core)
+        if modules in patched:
+            return None
+        patched.add(modules)
+        return patch_language(function)
+
     def checked_launch(self: Any, *args: Any, **kwargs: Any) -> None:
         global _launch
+        patched.clear()
         _launch = _Launch(_views((*args, *kwargs.values())), _inputs)
         try:
             launch(self, *args, **kwargs)
@@ -211,7 +222,7 @@ def install() -> None:
 
     builder.create_masked_load, builder.create_masked_store = checked_load, checked_store
     builder.create_atomic_rmw, builder.create_atomic_cas = checked_update, checked_exchange
-    GridExecutor.__call__ = checked_launch
+    GridExecutor.__call__, interpreter._patch_lang = checked_launch, patch_language_once
 
 
 @contextlib.contextmanager

@@ -50,6 +50,8 @@ def test_words_while_tracing(info: OpInfo, dispatched: str, device: str) -> None
     """torch.compile and torch.export see the same error, from the meta kernel."""
     mode = FakeTensorMode()
     for bad in info.bad_inputs(device):
+        if any(isinstance(a, torch.Tensor) and a.is_meta for a in bad.args):
+            continue  # torch sees to the devices of fake tensors itself
         args = [mode.from_tensor(a) if isinstance(a, torch.Tensor) else a for a in bad.args]
         with mode, pytest.raises(bad.error, match=f"^{re.escape(bad.message)}"):
             info.op(*args, **bad.kwargs)

@@ -1,0 +1,32 @@
+"""One operation, one name, one file in each room."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from convblocks import backends, ops
+from convblocks.opinfo import OPS
+
+ROOT = Path(__file__).parent.parent.parent
+ROOMS = (
+    "convblocks/ops/{}.py",
+    "csrc/{}.h",
+    "csrc/{}.cpp",
+    "csrc/cpu/{}.cpp",
+    "csrc/cuda/{}.cu",
+    "kernels/{}.py",
+    "tests/ops/test_{}.py",
+)
+
+
+def test_records_functions_and_operators_are_the_same() -> None:
+    assert set(OPS) == set(ops.__all__) == set(backends.operators)
+    assert all(info.name == name and info.op is getattr(ops, name) for name, info in OPS.items())
+
+
+@pytest.mark.parametrize("room", ROOMS)
+@pytest.mark.parametrize("name", OPS)
+def test_has_its_file(name: str, room: str) -> None:
+    assert (ROOT / room.format(name)).is_file()
