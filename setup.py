@@ -24,19 +24,25 @@ import shutil
 import subprocess
 import sys
 import sysconfig
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 
+import setuptools
 from setuptools import Extension, find_namespace_packages, find_packages, setup
-from setuptools.command.bdist_wheel import bdist_wheel
 from setuptools.command.build_ext import build_ext
+
+if int(setuptools.__version__.split(".")[0]) < 77:
+    raise SystemExit(f"convblocks: expected setuptools >= 77, got {setuptools.__version__} (pip install -U setuptools)")
+
+from setuptools.command.bdist_wheel import bdist_wheel  # not in older ones
 
 fcntl = None
 with contextlib.suppress(ImportError):  # not on Windows
     import fcntl
 
 ROOT = Path(__file__).resolve().parent
+CSRC = ROOT / "csrc"
 LINUX = sys.platform == "linux"
 ISAS = {"default": []}
 if platform.machine().lower() in ("x86_64", "amd64"):
@@ -49,6 +55,9 @@ CUDA_ARCHITECTURES = "8.0 8.6 8.9 9.0 10.0 12.0+PTX"
 
 def enabled(variable: str) -> bool:
     return os.environ.get(variable, "0") not in ("", "0")
+
+
+DEBUG = enabled("CONVBLOCKS_DEBUG")
 
 
 def output_of(*command: str) -> str:
@@ -81,7 +90,7 @@ class Torch:
     def compile_flags(self) -> list[str]:
         config = self.folder / "share/cmake/Torch/TorchConfig.cmake"
         abi = re.search(r"-D_GLIBCXX_USE_CXX11_ABI=\d", config.read_text()) if config.is_file() else None
-        return [*self.include_flags(), "-fopenmp", *([abi[0]] if abi else [])]
+        return ["-fopenmp", *([abi[0]] if abi else [])]
 
     def include_flags(self) -> list[str]:
         include = self.folder / "include"
@@ -125,7 +134,7 @@ def cuda_architectures(nvcc: str) -> list[str]:
     chosen = [name for name in asked if re.sub(r"[af]?(\+PTX)?$", "", name).replace(".", "") in known]
     if not chosen:
         raise Unavailable(f"nvcc knows none of the architectures {' '.join(asked)}")
-    if not any(name.endswith("+PTX") for name in chosen) and "TORCH_CUDA_ARCH_LIST" not in os.environ:
+    if not any(name.endswith("+PTX") for name in chosen) and not os.environ.get("TORCH_CUDA_ARCH_LIST"):
         chosen[-1] += "+PTX"  # an older nvcc: the newest it knows serves the GPUs that came later
     return chosen
 
@@ -160,17 +169,18 @@ class Ninja:
         for name, value in (("compiler", compiler), ("flags", shlex.join(flags))):
             self.lines.append(f"  {name} = {value.replace('$', '$$')}")
 
-    def part(self, name: str, sources: list[Path], compiler: str, flags: list[str], link: list[str]) -> None:
-        if not sources:
+    def part(self, name: str, sources: Iterable[Path], compiler: str, flags: list[str], link: list[str]) -> None:
+        objects = []
+        for source in sorted(sources):
+            objects.append(f"{name}/{source.stem}.o")
+            self.edge("compile", objects[-1], [str(source)], compiler, flags)
+        if not objects:
             raise Unavailable("there are no sources")
-        objects = [f"{name}/{source.stem}.o" for source in sources]
-        for source, target in zip(sources, objects, strict=True):
-            self.edge("compile", target, [str(source)], compiler, flags)
         self.edge("link", f"{name}.so", objects, compiler, link)
 
     def run(self, parts: list[str]) -> dict[str, str]:
         """Builds the parts, and returns the output of those that failed."""
-        ninja = shutil.which("ninja") or shutil.which("ninja", path=str(Path(sys.executable).parent))
+        ninja = shutil.which("ninja", path=str(Path(sys.executable).parent)) or shutil.which("ninja")
         if ninja is None:
             raise Unavailable("ninja was not found (pip install ninja)")
         (self.folder / "build.ninja").write_text("\n".join(self.lines) + "\n")
@@ -231,44 +241,12 @@ class Build(build_ext):
             raise Unavailable("no C++ compiler was found (g++ or clang++ on PATH, or set CXX)")
         version = output_of(*shlex.split(compiler), "--version").splitlines()
         self.record.update(torch=torch.version, torch_cuda=torch.cuda, compiler=version[0] if version else compiler)
-
-        debug, sanitize = enabled("CONVBLOCKS_DEBUG"), os.environ.get("CONVBLOCKS_SANITIZE")
-        mode = ["-O0", "-g"] if debug else ["-O3", "-DNDEBUG"]
-        common = [*mode, "-std=c++20", "-fPIC", "-fvisibility=hidden", "-Wall", "-Wextra", f"-I{ROOT / 'csrc'}"]
-        link = ["-Wl,-z,relro,-z,now"] if LINUX else []
-        if sanitize:
-            common += [f"-fsanitize={sanitize}", "-fno-omit-frame-pointer", "-g"]
-            link += [f"-fsanitize={sanitize}"]
-        link += torch.link_flags()
-
-        def sources(pattern: str) -> list[Path]:
-            return sorted((ROOT / "csrc").glob(pattern))
-
-        def add_cuda() -> None:
-            if os.environ.get("CONVBLOCKS_CUDA") == "0":
-                raise Unavailable("it was built with CONVBLOCKS_CUDA=0")
-            nvcc, nvcc_version = find_nvcc(torch)
-            architectures = cuda_architectures(nvcc)
-            flags = [*(["-O0", "-g", "-G"] if debug else mode), "-std=c++20", "-Xcompiler=-fPIC,-fvisibility=hidden"]
-            flags += [*gencode(architectures), f"-I{ROOT / 'csrc'}", f"-isystem={torch.folder / 'include'}"]
-            # Its own CUDA runtime inside, hidden, as cuBLAS and NCCL have theirs: it shares contexts and streams with
-            # torch's, and nothing depends on where, or in which version, torch keeps its libcudart.
-            hide = ["-Xlinker=--exclude-libs", "-Xlinker=ALL"] if LINUX else []
-            cuda_link = ["-cudart=static", *(f for f in flags if f.startswith("-gencode")), *hide]
-            ninja.part("_cuda", sources("cuda/*.cu"), nvcc, flags, cuda_link)
-            self.record.update(nvcc=nvcc_version, cuda_architectures=architectures)
-
-        def add_cpu(isa: str) -> None:
-            capability = [f"-DCPU_CAPABILITY={isa.upper()}", f"-DCPU_CAPABILITY_{isa.upper()}"]
-            flags = [*common, *capability, *ISAS[isa], "-fno-math-errno", "-fno-trapping-math", *torch.include_flags()]
-            ninja.part(f"_cpu_{isa}", sources("cpu/*.cpp"), compiler, flags, link)
-
-        adders = {"_C": lambda: ninja.part("_C", sources("*.cpp"), compiler, [*common, *torch.compile_flags()], link)}
-        adders |= {f"_cpu_{isa}": lambda isa=isa: add_cpu(isa) for isa in ISAS}
-        adders["_cuda"] = add_cuda
-        for part, add in adders.items():
+        for part in PARTS:
             try:
-                add()
+                if part == "_cuda":
+                    self.add_cuda(ninja, torch)
+                else:
+                    self.add_host(ninja, torch, compiler, part)
             except Unavailable as e:
                 self.missing[part] = str(e)
         todo = [part for part in PARTS if part not in self.missing]
@@ -278,6 +256,37 @@ class Build(build_ext):
             self.failed[part] = "\n".join(lines[-40:])
             self.missing[part] = f"it did not compile: {error.strip()}"
         return [part for part in todo if part not in self.missing]
+
+    def add_host(self, ninja: Ninja, torch: Torch, compiler: str, part: str) -> None:
+        """_C, or the CPU kernels for one instruction set."""
+        flags = ["-O0", "-g"] if DEBUG else ["-O3", "-DNDEBUG"]
+        flags += ["-std=c++20", "-fPIC", "-fvisibility=hidden", "-Wall", "-Wextra", f"-I{CSRC}", *torch.include_flags()]
+        link = [*torch.link_flags(), *(["-Wl,-z,relro,-z,now"] if LINUX else [])]
+        if sanitize := os.environ.get("CONVBLOCKS_SANITIZE"):
+            flags += [f"-fsanitize={sanitize}", "-fno-omit-frame-pointer", "-g"]
+            link += [f"-fsanitize={sanitize}"]
+        if part == "_C":
+            ninja.part(part, CSRC.glob("*.cpp"), compiler, [*flags, *torch.compile_flags()], link)
+            return
+        isa = part.removeprefix("_cpu_")
+        flags += [f"-DCPU_CAPABILITY={isa.upper()}", f"-DCPU_CAPABILITY_{isa.upper()}", *ISAS[isa]]
+        flags += ["-fno-math-errno", "-fno-trapping-math"]
+        ninja.part(part, CSRC.glob("cpu/*.cpp"), compiler, flags, link)
+
+    def add_cuda(self, ninja: Ninja, torch: Torch) -> None:
+        if os.environ.get("CONVBLOCKS_CUDA") == "0":
+            raise Unavailable("it was built with CONVBLOCKS_CUDA=0")
+        nvcc, version = find_nvcc(torch)
+        architectures = cuda_architectures(nvcc)
+        targets = list(gencode(architectures))
+        flags = ["-O0", "-g", "-G"] if DEBUG else ["-O3", "-DNDEBUG", "-lineinfo"]
+        flags += ["-std=c++20", "-Xcompiler=-fPIC,-fvisibility=hidden", *targets]
+        flags += [f"-I{CSRC}", f"-isystem={torch.folder / 'include'}"]
+        # Its own CUDA runtime inside, hidden, as cuBLAS and NCCL have theirs: it shares contexts and streams with that
+        # of torch, and nothing depends on where, or in which version, torch keeps its libcudart.
+        link = ["-cudart=static", *targets, *(["-Xlinker=--exclude-libs", "-Xlinker=ALL"] if LINUX else [])]
+        ninja.part("_cuda", CSRC.glob("cuda/*.cu"), nvcc, flags, link)
+        self.record.update(nvcc=version, cuda_architectures=architectures)
 
     def refuse_what_is_required(self) -> None:
         """A part whose tools are all there must build; without them only _cuda may be left out quietly."""

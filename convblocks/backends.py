@@ -117,8 +117,8 @@ class _Triton:
         def kernel(suffix: str) -> Callable[..., Any]:
             def run(*args: Any) -> Any:
                 module = importlib.import_module(f"convblocks.kernels.{name}")
-                if suffix == "":
-                    operators[name].check(*args)
+                operator = operators[name]
+                (operator.check_backward if suffix else operator.check)(*args)
                 return getattr(module, f"{name}{suffix}")(*args)
 
             return run

@@ -58,7 +58,7 @@ def cpu() -> dict[str, Any]:
 def parts() -> dict[str, str | None]:
     """Each shared object of the compiled part, with the reason why it is not there."""
     record, folder = backends.build_record(), Path(backends.__file__).parent
-    found = {file.stem: None for file in folder.glob("_c*.so")} | {file.stem: None for file in folder.glob("_C.so")}
+    found = {file.stem: None for file in folder.glob("_*.so")}
     known: dict[str, str | None] = {"_C": "it is not built"}
     return dict(sorted((known | record.get("missing", {}) | found).items()))
 
@@ -128,7 +128,8 @@ def show(info: dict[str, Any]) -> None:
     table.add("cpu", f"{info['cpu']['name']}, {info['cpu']['threads']} threads")
     table.add("instruction set", f"{isa['kernels'] or 'no kernels'} (torch: {isa['torch']})")
     cuda = info["cuda"]
-    table.add("cuda", f"torch is built for {cuda['torch']}, driver {cuda['driver'] or 'not found'}")
+    torchs = f"torch is built {'for CUDA ' + cuda['torch'] if cuda['torch'] else 'without CUDA'}"
+    table.add("cuda", f"{torchs}, driver {cuda['driver'] or 'not found'}")
     for i, gpu in enumerate(cuda["gpus"]):
         table.add(f"gpu {i}", f"{gpu['name']}, {gpu['compute_capability']}, {gpu['memory_gib']} GiB")
     for name in ("torch", "compiler", "nvcc"):

@@ -263,7 +263,7 @@ OPS: dict[str, OpInfo] = {
             bad_inputs=_squeeze_excite_bad_inputs,
             forward_flops=lambda s: 2 * s.x.numel() + 2 * _mlp_macs(s),
             backward_flops=lambda s: 5 * s.x.numel() + 6 * _mlp_macs(s),
-            gpu_traffic=(1.55, 1.75),  # a sample is read twice: a program holds a plane, not a sample
+            gpu_traffic=(1.55, 1.5),  # two reads and a write; backward: x, grad, grad again, and a write
         ),
         OpInfo(
             name="eca",
@@ -281,7 +281,7 @@ OPS: dict[str, OpInfo] = {
             bad_inputs=_eca_bad_inputs,
             forward_flops=lambda s: 2 * s.x.numel() + 2 * s.x.shape[0] * s.x.shape[1] * s.args[1].numel(),
             backward_flops=lambda s: 5 * s.x.numel() + 6 * s.x.shape[0] * s.x.shape[1] * s.args[1].numel(),
-            gpu_traffic=(1.55, 1.75),
+            gpu_traffic=(1.55, 1.5),
         ),
         OpInfo(
             name="simam",
@@ -293,7 +293,7 @@ OPS: dict[str, OpInfo] = {
             bad_inputs=_simam_bad_inputs,
             forward_flops=lambda s: 9 * s.x.numel(),
             backward_flops=lambda s: 18 * s.x.numel(),
-            gpu_traffic=(1.15, 1.15),
+            gpu_traffic=(1.05, 1.05),
         ),
     )
 }

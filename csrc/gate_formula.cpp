@@ -24,7 +24,10 @@ Tensor activate_backward(const Tensor& grad, const Tensor& x, Activation activat
   switch (activation) {
     case Activation::relu: return at::threshold_backward(grad, x, 0);
     case Activation::relu6: return at::hardtanh_backward(grad, x, 0, 6);
-    case Activation::silu: return at::silu_backward(grad, x);
+    case Activation::silu: {  // not at::silu_backward: torch cannot differentiate it
+      const Tensor s = at::sigmoid(x);
+      return grad * s * (1 + x * (1 - s));
+    }
     case Activation::gelu: return at::gelu_backward(grad, x);
     case Activation::gelu_tanh: return at::gelu_backward(grad, x, "tanh");
     case Activation::hardswish: return at::hardswish_backward(grad, x);

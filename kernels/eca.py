@@ -1,9 +1,8 @@
 """ECA: y = x * gate(z), z = the convolution over the channels, with k taps, of their means p.
 
-Forward: `pool`, then `_scale`, whose programs compute the gates of their channels from the means. A sample that fits the
-registers of one program is done in one launch and read once (`_sample`).
-Backward: `pool` also sums q = grad * x; `_gate` computes dz = q * gate'(z) and sums the gradient of the weight in parts;
-`_grad_x` writes grad * gate + dp / HW, where dp is the transposed convolution of dz; `_grad_weight` adds up the parts.
+Forward: `pool`, `_gate`, `scale`; but a sample that fits the registers of one program is read once (`_sample`).
+Backward: `pool` also sums q = grad * x; `_gate` computes dz = q * gate'(z) and, in rows, what each program adds to the gradient of the weight;
+`_grad_x` writes grad * gate + dp / HW, where dp is the transposed convolution of dz; `_grad_weight` adds up the rows.
 """
 
 from __future__ import annotations
@@ -18,6 +17,7 @@ from torch import Tensor
 from convblocks.kernels.gate import apply_gate, gate_slope
 from convblocks.kernels.maps import (
     Maps,
+    backwards,
     dense_offsets,
     inside,
     kernel,
@@ -28,10 +28,11 @@ from convblocks.kernels.maps import (
     store,
     widen,
 )
-from convblocks.kernels.pool import DOT, pool, squeezed, summed
+from convblocks.kernels.pool import DOT, pool, scale, squeezed, summed
 
 SAMPLE_ELEMENTS = 16384  # of a sample that fits the registers
-GATE_BLOCK = 1024  # gates of one program
+GATE_ELEMENTS = 1024  # gates x parts of their sums of one program
+ROWS = tl.constexpr(64)
 
 
 def eca(x: Tensor, weight: Tensor, bias: Tensor | None, gate: str, padding: str) -> Tensor:
@@ -47,10 +48,12 @@ def eca(x: Tensor, weight: Tensor, bias: Tensor | None, gate: str, padding: str)
             _sample[(maps.n,)](*maps.arguments, *weights, y, maps.c, maps.hw, **constants, **tile.constants)
             return y
         sums, splits = pool(maps, add_max=False)
-        tile = maps.tile(4096)
-        programs = (maps.n * tile.c_blocks * tile.p_blocks,)
-        constants.update(tile.constants, SPLITS=splits)
-        _scale[programs](*maps.arguments, sums, *weights, y, maps.c, maps.hw, tile.p_blocks, **constants)
+        gates = maps.sums(maps.n, maps.c)
+        block = GATE_ELEMENTS // splits
+        _gate[(triton.cdiv(gates.numel(), block),)](
+            sums, *weights, gates, None, maps.n, maps.c, maps.hw, SPLITS=splits, BLOCK=block, **constants
+        )
+        scale(maps, gates, y)
     return y
 
 
@@ -61,20 +64,146 @@ def eca_backward(
     weights, constants = _weights(weight, bias, gate, padding)
     taps = constants["TAPS"]
     grad_x, grad_weight = maps.output(), torch.empty_like(weight, memory_format=torch.contiguous_format)
-    grad_bias = weight.new_empty(0 if bias is None else 1)
-    blocks = triton.cdiv(maps.n * maps.c, GATE_BLOCK)
-    gates, parts = maps.sums(2, maps.n, maps.c), maps.sums(blocks, taps + 1)
+    grad_bias = None if bias is None else torch.empty_like(bias)
+    gates = maps.sums(2, maps.n, maps.c)
     with torch.cuda.device_of(x):
         sums, splits = pool(maps, add_max=False)
-        _gate[(blocks,)](
-            sums, *weights, gates, parts, maps.n, maps.c, maps.hw, SPLITS=splits, BLOCK=GATE_BLOCK, **constants
+        block = GATE_ELEMENTS // splits
+        rows = maps.sums(triton.cdiv(maps.n * maps.c, block), taps + 1)
+        _gate[(len(rows),)](
+            sums, *weights, gates, rows, maps.n, maps.c, maps.hw, SPLITS=splits, BLOCK=block, **constants
         )
-        _grad_weight[(1,)](parts, grad_weight, grad_bias, blocks, TAPS=taps, BLOCK=power_of_2(taps + 1))
+        _grad_weight[(1,)](rows, grad_weight, grad_bias, len(rows), TAPS=taps, BLOCK=power_of_2(taps + 1))
         if grad_x.numel():
             tile = maps.tile(4096)
-            del constants["GATE"]
-            programs = (maps.n * tile.c_blocks * tile.p_blocks,)
-            _grad_x[programs](
-                *maps.arguments[3:], gates, weights[0], grad_x, maps.n, maps.c, maps.hw, tile.p_blocks, **constants, **tile.constants
+            _grad_x[(maps.n * tile.c_blocks * tile.p_blocks,)](
+                *maps.arguments[3:],
+                gates,
+                weights[0],
+                grad_x,
+                maps.n,
+                maps.c,
+                maps.hw,
+                tile.p_blocks,
+                TAPS=taps,
+                CIRCULAR=constants["CIRCULAR"],
+                **tile.constants,
             )
-    return grad_x, grad_weight, grad_bias
+    return grad_x, grad_weight, x.new_empty(0) if grad_bias is None else grad_bias
+
+
+def _weights(
+    weight: Tensor, bias: Tensor | None, gate: str, padding: str
+) -> tuple[tuple[Tensor, Tensor | None], dict[str, Any]]:
+    """Weight and bias as the kernels read them, and what they know of them when compiled."""
+    constants = {"TAPS": weight.shape[-1], "CIRCULAR": padding == "circular", "GATE": gate}
+    return (weight.contiguous(), bias), constants
+
+
+@triton.jit
+def _neighbour(c, offset, C, CIRCULAR: tl.constexpr):
+    """The channel at this offset; it may be outside [0, C) where there is none."""
+    channel = c + offset
+    if CIRCULAR:
+        channel = tl.where(channel < 0, channel + C, tl.where(channel >= C, channel - C, channel))
+    return channel
+
+
+@triton.jit
+def _logit(
+    sums, n, c, mask, weight, bias, C, HW, TAPS: tl.constexpr, CIRCULAR: tl.constexpr, SPLITS: tl.constexpr
+):  # fmt: skip
+    """z of channels (c, 1) of samples n, from the sums of `pool`."""
+    z = tl.zeros(mask.shape, sums.dtype.element_ty)
+    for tap in range(TAPS):
+        channel = _neighbour(c, tap - TAPS // 2, C, CIRCULAR)
+        valid = mask & (channel >= 0) & (channel < C)
+        z += widen(tl.load(weight + tap)) * squeezed(sums, n, channel, valid, C, HW, SPLITS, False)
+    if bias is not None:
+        z += widen(tl.load(bias))
+    return z
+
+
+@kernel
+def _sample(
+    x, x_batch, x_stride, weight, bias, y, C, HW,
+    TAPS: tl.constexpr, CIRCULAR: tl.constexpr, GATE: tl.constexpr,
+    VEC: tl.constexpr, CHANNELS_LAST: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK_P: tl.constexpr,
+):  # fmt: skip
+    """One program: a whole sample."""
+    n, c, _ = locate(tl.program_id(0), C, 1, CHANNELS_LAST, BLOCK_C)
+    p = tl.arange(0, BLOCK_P)[None, :]
+    mask = inside(c, p, C, HW, VEC, CHANNELS_LAST)
+    value = load(x + offsets(n, c, p, x_batch, x_stride, VEC, CHANNELS_LAST), mask)
+    mean = tl.sum(value, 1) / HW.to(value.dtype)
+    channels = tl.arange(0, BLOCK_C)
+    z = tl.zeros_like(mean)
+    for tap in range(TAPS):
+        channel = _neighbour(channels, tap - TAPS // 2, C, CIRCULAR)
+        valid = (channel >= 0) & (channel < C)
+        z += widen(tl.load(weight + tap)) * tl.where(valid, tl.gather(mean, tl.where(valid, channel, 0), 0), 0.0)
+    if bias is not None:
+        z += widen(tl.load(bias))
+    result = value * apply_gate(z, GATE)[:, None]
+    store(y + dense_offsets(n, c, p, C, HW, VEC, CHANNELS_LAST), result, mask)
+
+
+@kernel
+def _gate(
+    sums, weight, bias, gates, rows, N, C, HW,
+    TAPS: tl.constexpr, CIRCULAR: tl.constexpr, GATE: tl.constexpr, SPLITS: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    """One program: a block of the gates of all samples; for the backward also dz behind them, and in its row what they
+    add to the gradient of the weight and, behind that, of the bias."""
+    program = tl.program_id(0).to(tl.int64)
+    i = program * BLOCK + tl.arange(0, BLOCK)[:, None]
+    count = N.to(tl.int64) * C
+    mask = i < count
+    n = i // C
+    c = i % C
+    z = _logit(sums, n, c, mask, weight, bias, C, HW, TAPS, CIRCULAR, SPLITS)
+    store(gates + i, apply_gate(z, GATE), mask)
+    if rows is not None:
+        dz = tl.where(mask, summed(sums, n, DOT, c, mask, C, SPLITS) * gate_slope(z, GATE), 0.0)
+        store(gates + count + i, dz, mask)
+        for tap in range(TAPS):
+            channel = _neighbour(c, tap - TAPS // 2, C, CIRCULAR)
+            valid = mask & (channel >= 0) & (channel < C)
+            mean = squeezed(sums, n, channel, valid, C, HW, SPLITS, False)
+            tl.store(rows + program * (TAPS + 1) + tap, tl.sum(dz * mean))
+        tl.store(rows + program * (TAPS + 1) + TAPS, tl.sum(dz))
+
+
+@kernel
+def _grad_weight(rows, grad_weight, grad_bias, count, TAPS: tl.constexpr, BLOCK: tl.constexpr):
+    """One program: adds up all rows."""
+    tap = tl.arange(0, BLOCK)[None, :]
+    total = tl.zeros((ROWS, BLOCK), rows.dtype.element_ty)
+    for first in range(0, count, ROWS):
+        row = first + tl.arange(0, ROWS)[:, None]
+        total += load(rows + row * (TAPS + 1) + tap, (row < count) & (tap <= TAPS))
+    gradient = tl.sum(total, 0, keep_dims=True)
+    store(grad_weight + tap, gradient, tap < TAPS)
+    if grad_bias is not None:
+        store(grad_bias + tap - TAPS, gradient, tap == TAPS)
+
+
+@kernel
+def _grad_x(
+    g, g_batch, g_stride, gates, weight, grad_x, N, C, HW, blocks,
+    TAPS: tl.constexpr, CIRCULAR: tl.constexpr,
+    VEC: tl.constexpr, CHANNELS_LAST: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK_P: tl.constexpr,
+):  # fmt: skip
+    """One program: a tile."""
+    n, c, block = locate(backwards(), C, blocks, CHANNELS_LAST, BLOCK_C)
+    p = block * BLOCK_P + tl.arange(0, BLOCK_P)[None, :]
+    mask = inside(c, p, C, HW, VEC, CHANNELS_LAST)
+    grad = load(g + offsets(n, c, p, g_batch, g_stride, VEC, CHANNELS_LAST), mask)
+    gate = load(gates + n * C + c, c < C)
+    dz = gates + (N + n) * C
+    dp = tl.zeros_like(gate)
+    for tap in range(TAPS):
+        channel = _neighbour(c, TAPS // 2 - tap, C, CIRCULAR)
+        dp += widen(tl.load(weight + tap)) * load(dz + channel, (c < C) & (channel >= 0) & (channel < C))
+    result = grad * gate + dp / HW.to(dp.dtype)
+    store(grad_x + dense_offsets(n, c, p, C, HW, VEC, CHANNELS_LAST), result, mask)

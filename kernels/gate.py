@@ -4,7 +4,7 @@ import triton
 import triton.language as tl
 
 LEAKY_SLOPE = tl.constexpr(0.01)
-GELU_TANH = tl.constexpr(0.7978845608028654)  # sqrt(2 / pi)
+GELU_TANH = tl.constexpr(1.5957691216057308)  # 2 sqrt(2 / pi)
 GELU_CUBE = tl.constexpr(0.044715)
 SQRT_HALF = tl.constexpr(0.7071067811865476)
 NORMAL = tl.constexpr(0.3989422804014327)  # 1 / sqrt(2 pi)
@@ -28,7 +28,7 @@ def activate(x, ACTIVATION: tl.constexpr):
     elif ACTIVATION == "gelu":
         return 0.5 * x * (1 + tl.erf(x * SQRT_HALF))
     elif ACTIVATION == "gelu_tanh":
-        return x * tl.sigmoid(2 * GELU_TANH * (x + GELU_CUBE * x * x * x))  # (1 + tanh(z)) / 2 = sigmoid(2 z)
+        return x * tl.sigmoid((x + x * x * x * GELU_CUBE) * GELU_TANH)  # (1 + tanh(z)) / 2 = sigmoid(2 z)
     elif ACTIVATION == "hardswish":
         return x * _clamp6(x + 3) / 6
     else:
@@ -48,8 +48,8 @@ def activate_slope(x, ACTIVATION: tl.constexpr):
     elif ACTIVATION == "gelu":
         return 0.5 * (1 + tl.erf(x * SQRT_HALF)) + x * NORMAL * tl.exp(-0.5 * x * x)
     elif ACTIVATION == "gelu_tanh":
-        s = tl.sigmoid(2 * GELU_TANH * (x + GELU_CUBE * x * x * x))
-        return s + 2 * GELU_TANH * x * s * (1 - s) * (1 + 3 * GELU_CUBE * x * x)
+        s = tl.sigmoid((x + x * x * x * GELU_CUBE) * GELU_TANH)
+        return s + x * s * (1 - s) * (1 + x * x * (3 * GELU_CUBE)) * GELU_TANH
     elif ACTIVATION == "hardswish":
         return tl.where(x <= -3, 0.0, tl.where(x < 3, x / 3 + 0.5, 1.0))
     else:

@@ -95,8 +95,9 @@ class Maps:
         x: Tensor = self.arguments[0]
         return torch.empty(size, dtype=self.accumulator, device=x.device)
 
-    def tile(self, elements: int) -> Tile:
-        """Tiles of at most ``elements``, smaller where the map is too small to keep a GPU busy with those."""
+    def tile(self, elements: int, *, narrow: bool = True) -> Tile:
+        """Tiles of at most ``elements``, fewer where the map has too few of those to keep a GPU busy; without
+        ``narrow`` the pixels of a tile are not made fewer."""
         c, p = power_of_2(self.c), power_of_2(self.hw)
         if self.channels_last:
             block_c = min(c, max(LINE // self.itemsize, elements // p))
@@ -104,11 +105,13 @@ class Maps:
         else:
             block_p = min(p, elements)
             block_c = min(c, elements // block_p)
-        while block_c * block_p > 1024 and self.programs(block_c, block_p) < ENOUGH:
-            if block_p > 1 if self.channels_last else block_c == 1:
+        while block_c * block_p > 2048 and self.programs(block_c, block_p) < ENOUGH:
+            if block_c > 1 and (block_p == 1 or not self.channels_last):
+                block_c //= 2
+            elif narrow:
                 block_p //= 2
             else:
-                block_c //= 2
+                break
         return self.tile_of(block_c, block_p)
 
     def programs(self, block_c: int, block_p: int) -> int:
@@ -147,6 +150,12 @@ def locate(program, C, blocks, CHANNELS_LAST: tl.constexpr, BLOCK_C: tl.constexp
         n = rest // c_blocks
     c = c_block * BLOCK_C + tl.arange(0, BLOCK_C)[:, None]
     return n.to(tl.int64), c, p_block.to(tl.int64)
+
+
+@triton.jit
+def backwards():
+    """The number of this program from the end: the cache still holds the end of what the launch before has read."""
+    return tl.num_programs(0) - 1 - tl.program_id(0)
 
 
 @triton.jit

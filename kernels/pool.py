@@ -1,6 +1,6 @@
-"""The squeeze that the channel gates share: sums over the pixels of each plane, in parts where few planes must be split.
+"""The two passes that the channel gates share: sums over the pixels of each plane, and the scaling of the planes.
 
-The sums lie in one tensor (N, 4, SPLITS, C): of x, the maximum of x, of grad * x, and how many pixels have the maximum.
+Where there are few planes each is summed in parts. The sums lie in one tensor (N, 4, SPLITS, C): of x, the maximum of x, of grad * x, and how many pixels have the maximum.
 Whoever reads them adds up the parts, in order: no atomics, the same result on every run.
 """
 
@@ -10,23 +10,35 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from convblocks.kernels.maps import ENOUGH, Maps, Tile, inside, kernel, load, locate, offsets, store
+from convblocks.kernels.maps import (
+    ENOUGH,
+    Maps,
+    Tile,
+    backwards,
+    dense_offsets,
+    inside,
+    kernel,
+    load,
+    locate,
+    offsets,
+    store,
+)
 
-MAX_SPLITS = 32
+MAX_SPLITS = 16
 SUM, MAX, DOT, TIES = tl.constexpr(0), tl.constexpr(1), tl.constexpr(2), tl.constexpr(3)
 
 
 def splits_of(maps: Maps, tile: Tile) -> int:
-    """Into how many parts the planes are cut, that their blocks keep a GPU busy."""
+    """Into how many parts, of two tiles at least, each plane is cut to keep a GPU busy."""
     splits = 1
-    while splits < MAX_SPLITS and splits < tile.p_blocks and maps.n * tile.c_blocks * splits < ENOUGH:
+    while splits < MAX_SPLITS and 4 * splits <= tile.p_blocks and maps.n * tile.c_blocks * splits < ENOUGH:
         splits *= 2
     return splits
 
 
 def pool(maps: Maps, add_max: bool) -> tuple[Tensor, int]:
     """The sums over x, or over x and grad where the maps are those two, and the number of parts."""
-    tile = maps.tile(4096)
+    tile = maps.tile(4096, narrow=False)
     splits = splits_of(maps, tile)
     sums = maps.sums(maps.n, 4, splits, maps.c)
     _pool[(maps.n * tile.c_blocks * splits,)](
@@ -79,6 +91,37 @@ def _pool(
             store(at + TIES * step, tl.sum(tl.where(highest == peak, ties, 0.0), 1, keep_dims=True), c < C)
 
 
+def scale(maps: Maps, gates: Tensor, y: Tensor) -> None:
+    """y = x * gate of the channel, for gates (N, C)."""
+    tile = maps.tile(4096)
+    programs = (maps.n * tile.c_blocks * tile.p_blocks,)
+    _scale[programs](*maps.arguments, gates, y, maps.c, maps.hw, tile.p_blocks, **tile.constants)
+
+
+@kernel
+def _scale(
+    x, x_batch, x_stride, gates, y, C, HW, blocks,
+    VEC: tl.constexpr, CHANNELS_LAST: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK_P: tl.constexpr,
+):  # fmt: skip
+    """One program: a tile."""
+    n, c, block = locate(backwards(), C, blocks, CHANNELS_LAST, BLOCK_C)
+    p = block * BLOCK_P + tl.arange(0, BLOCK_P)[None, :]
+    mask = inside(c, p, C, HW, VEC, CHANNELS_LAST)
+    value = load(x + offsets(n, c, p, x_batch, x_stride, VEC, CHANNELS_LAST), mask)
+    gate = load(gates + n * C + c, c < C)
+    store(y + dense_offsets(n, c, p, C, HW, VEC, CHANNELS_LAST), value * gate, mask)
+
+
+@triton.jit
+def parts(sums, n, kind, c, mask, C, SPLITS: tl.constexpr):
+    """All parts of one kind along axis 1, which has size 1 in c: of channels (c, 1) or samples x channels (n, 1, c)."""
+    if len(c.shape) == 2:
+        part = tl.arange(0, SPLITS)[None, :]
+    else:
+        part = tl.arange(0, SPLITS)[None, :, None]
+    return load(sums + slot(n, kind, part, c, C, SPLITS), mask)
+
+
 @triton.jit
 def slot(n, kind, part, c, C, SPLITS: tl.constexpr):
     return ((n * 4 + kind) * SPLITS + part) * C + c
@@ -86,31 +129,7 @@ def slot(n, kind, part, c, C, SPLITS: tl.constexpr):
 
 @triton.jit
 def summed(sums, n, kind, c, mask, C, SPLITS: tl.constexpr):
-    """The sum over all parts."""
-    total = load(sums + slot(n, kind, 0, c, C, SPLITS), mask)
-    for part in tl.static_range(1, SPLITS):
-        total += load(sums + slot(n, kind, part, c, C, SPLITS), mask)
-    return total
-
-
-@triton.jit
-def peak(sums, n, c, mask, C, SPLITS: tl.constexpr):
-    """The maximum over all parts."""
-    highest = load(sums + slot(n, MAX, 0, c, C, SPLITS), mask)
-    for part in tl.static_range(1, SPLITS):
-        value = load(sums + slot(n, MAX, part, c, C, SPLITS), mask)
-        highest = tl.where(value > highest, value, highest)
-    return highest
-
-
-@triton.jit
-def ties(sums, n, c, mask, highest, C, SPLITS: tl.constexpr):
-    """How many pixels have the value ``highest``, the maximum over all parts."""
-    total = tl.zeros_like(highest)
-    for part in tl.static_range(SPLITS):
-        here = load(sums + slot(n, MAX, part, c, C, SPLITS), mask) == highest
-        total += tl.where(here, load(sums + slot(n, TIES, part, c, C, SPLITS), mask), 0.0)
-    return total
+    return tl.sum(parts(sums, n, kind, c, mask, C, SPLITS), 1, keep_dims=True)
 
 
 @triton.jit
@@ -119,5 +138,5 @@ def squeezed(sums, n, c, mask, C, HW, SPLITS: tl.constexpr, ADD_MAX: tl.constexp
     total = summed(sums, n, SUM, c, mask, C, SPLITS)
     mean = total / HW.to(total.dtype)
     if ADD_MAX:
-        mean = 0.5 * mean + 0.5 * peak(sums, n, c, mask, C, SPLITS)
+        mean = 0.5 * mean + 0.5 * tl.max(parts(sums, n, MAX, c, mask, C, SPLITS), 1, keep_dims=True)
     return mean

@@ -19,6 +19,7 @@ from convblocks.kernels.maps import (
     ENOUGH,
     SECTOR,
     Maps,
+    backwards,
     dense_offsets,
     inside,
     kernel,
@@ -28,7 +29,7 @@ from convblocks.kernels.maps import (
     power_of_2,
     store,
 )
-from convblocks.kernels.pool import slot, splits_of, summed
+from convblocks.kernels.pool import parts, slot, splits_of, summed
 
 FORWARD_ELEMENTS, BACKWARD_ELEMENTS = 16384, 8192  # of a tile that fits the registers
 CACHED_BYTES = 262144  # of the maps that one program walks
@@ -58,18 +59,18 @@ def _run(maps: Maps, e_lambda: float, elements: int, steps: list[str]) -> Tensor
             _tile[(maps.n * tile.c_blocks,)](*maps.pair(), out, maps.c, maps.hw, LAMBDA=e_lambda, **tile.constants)
             return out
 
-        tile, splits, parts = maps.tile_of(narrow, 4096 // narrow), 1, None
+        tile, splits, sums = maps.tile_of(narrow, 4096 // narrow), 1, None
         if maps.n * tile.c_blocks >= ENOUGH // 4 and maps.read_bytes(narrow) <= CACHED_BYTES:
             steps = ["all"]
         else:
             tile = maps.tile(4096)
             splits = splits_of(maps, tile)
-            parts = maps.sums(maps.n, 4, splits, maps.c)
+            sums = maps.sums(maps.n, 4, splits, maps.c)
         for step in steps:
             _walk[(maps.n * tile.c_blocks * splits,)](
                 *maps.pair(),
                 out,
-                parts,
+                sums,
                 maps.c,
                 maps.hw,
                 triton.cdiv(tile.p_blocks, splits),
@@ -106,7 +107,9 @@ def _tile(
     mask = inside(c, p, C, HW, VEC, CHANNELS_LAST)
     value = load(x + offsets(n, c, p, x_batch, x_stride, VEC, CHANNELS_LAST), mask)
     pixels = HW.to(value.dtype)
-    d = tl.where(mask, value - tl.sum(value, 1, keep_dims=True) / pixels, 0.0)
+    mean = tl.sum(value, 1, keep_dims=True) / pixels
+    value = tl.where(mask, value, mean)
+    d = value - mean
     q = 4 * (tl.sum(d * d, 1, keep_dims=True) / (pixels - 1) + LAMBDA)
     if g is None:
         result = value * tl.sigmoid(d * d / q + 0.5)
@@ -119,14 +122,14 @@ def _tile(
 
 @kernel
 def _walk(
-    x, x_batch, x_stride, g, g_batch, g_stride, out, parts, C, HW, count,
+    x, x_batch, x_stride, g, g_batch, g_stride, out, sums, C, HW, count,
     LAMBDA: tl.constexpr, STEP: tl.constexpr, SPLITS: tl.constexpr,
     VEC: tl.constexpr, CHANNELS_LAST: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK_P: tl.constexpr,
 ):  # fmt: skip
-    """One program: ``count`` tiles of a block of planes. A step reads what the steps before it left in ``parts``."""
+    """One program: ``count`` tiles of a block of planes. A step reads what the steps before it left in ``sums``."""
     program = tl.program_id(0)
     if STEP == "sums" or (STEP == "write" and g is None):
-        program = tl.num_programs(0) - 1 - program  # backwards: the L2 cache still has the end of the walk before
+        program = backwards()
     n, c, part = locate(program, C, SPLITS, CHANNELS_LAST, BLOCK_C)
     first = part * count * BLOCK_P
     last = tl.minimum(first + count * BLOCK_P, HW)
@@ -134,18 +137,18 @@ def _walk(
     if STEP == "all" or STEP == "moments":
         mean, squares = _moments(x, x_batch, x_stride, n, c, first, last, C, HW, VEC, CHANNELS_LAST, BLOCK_C, BLOCK_P)
     else:
-        mean, squares = _merged(parts, n, c, C, HW, count * BLOCK_P, SPLITS)
+        mean, squares = _merged(sums, n, c, C, HW, count * BLOCK_P, SPLITS)
     if STEP == "moments":
-        store(parts + slot(n, MEAN, part, c, C, SPLITS), mean, c < C)
-        store(parts + slot(n, SQUARES, part, c, C, SPLITS), squares, c < C)
+        store(sums + slot(n, MEAN, part, c, C, SPLITS), mean, c < C)
+        store(sums + slot(n, SQUARES, part, c, C, SPLITS), squares, c < C)
     else:
         q = 4 * (squares / (HW.to(squares.dtype) - 1) + LAMBDA)
         tu = tl.zeros_like(q)
         td = tl.zeros_like(q)
         if g is not None:
             if STEP == "write":
-                tu = summed(parts, n, TU, c, c < C, C, SPLITS)
-                td = summed(parts, n, TD, c, c < C, C, SPLITS)
+                tu = summed(sums, n, TU, c, c < C, C, SPLITS)
+                td = summed(sums, n, TD, c, c < C, C, SPLITS)
             else:
                 tu_tile = tl.zeros((BLOCK_C, BLOCK_P), q.dtype)
                 td_tile = tl.zeros((BLOCK_C, BLOCK_P), q.dtype)
@@ -161,8 +164,8 @@ def _walk(
                 tu = tl.sum(tu_tile, 1, keep_dims=True)
                 td = tl.sum(td_tile, 1, keep_dims=True)
         if STEP == "sums":
-            store(parts + slot(n, TU, part, c, C, SPLITS), tu, c < C)
-            store(parts + slot(n, TD, part, c, C, SPLITS), td, c < C)
+            store(sums + slot(n, TU, part, c, C, SPLITS), tu, c < C)
+            store(sums + slot(n, TD, part, c, C, SPLITS), td, c < C)
         else:
             for p0 in range(first, last, BLOCK_P):
                 p = p0 + tl.arange(0, BLOCK_P)[None, :]
@@ -204,17 +207,12 @@ def _moments(
 
 
 @triton.jit
-def _merged(parts, n, c, C, HW, length, SPLITS: tl.constexpr):
+def _merged(sums, n, c, C, HW, length, SPLITS: tl.constexpr):
     """Mean and sum of squared deviations of planes whose parts have ``length`` pixels, the last ones fewer or none."""
-    mask = c < C
-    mean = tl.zeros_like(load(parts + c, mask))
-    for part in tl.static_range(SPLITS):
-        size = tl.minimum(tl.maximum(HW - part * length, 0), length).to(mean.dtype)
-        mean += size * load(parts + slot(n, MEAN, part, c, C, SPLITS), mask)
-    mean /= HW.to(mean.dtype)
-    squares = summed(parts, n, SQUARES, c, mask, C, SPLITS)
-    for part in tl.static_range(SPLITS):
-        size = tl.minimum(tl.maximum(HW - part * length, 0), length).to(mean.dtype)
-        d = load(parts + slot(n, MEAN, part, c, C, SPLITS), mask) - mean
-        squares += size * d * d
-    return mean, squares
+    part = tl.arange(0, SPLITS)[None, :]
+    means = parts(sums, n, MEAN, c, c < C, C, SPLITS)
+    sizes = tl.minimum(tl.maximum(HW - part * length, 0), length).to(means.dtype)
+    mean = tl.sum(means * sizes, 1, keep_dims=True) / HW.to(means.dtype)
+    d = means - mean
+    squares = parts(sums, n, SQUARES, c, c < C, C, SPLITS) + sizes * d * d
+    return mean, tl.sum(squares, 1, keep_dims=True)

@@ -13,7 +13,8 @@ import os
 from collections.abc import Iterator
 from pathlib import Path
 
-os.environ.setdefault("OMP_WAIT_POLICY", "passive")  # idle threads that spin slow small tests twentyfold on a busy machine
+# Before torch is loaded: threads that spin while idle slow small tests twentyfold on a busy machine.
+os.environ.setdefault("OMP_WAIT_POLICY", "passive")
 
 import pytest
 import torch
@@ -40,9 +41,9 @@ settings.load_profile("convblocks")
 if EMULATED and backends.extension_error is None:
     backends.emulate_cuda(Path(EMULATED))
 if INTERPRETED and "triton" in BACKENDS:
-    from tests.gpu import triton_bf16  # the interpreter's own bf16 is wrong
+    from tests.gpu import triton_checker  # bf16 as on a GPU; faults found in every launch
 
-    triton_bf16.install()
+    triton_checker.install()
 
 
 def why_not(backend: str) -> str | None:

@@ -72,7 +72,7 @@ def squeeze_excite(
         name,
         source,
         "squeeze_excite",
-        squeeze_excite_block.fused_forward(fc1, fc2),
+        partial(squeeze_excite_block.fused_forward, fc1, fc2),
         channels=lambda module: module._modules[fc1].in_channels,
         check=check,
         options={
@@ -88,7 +88,7 @@ def effective_squeeze_excite(name: str, source: str, fc: str, gate: str) -> Rule
         name,
         source,
         "squeeze_excite",
-        squeeze_excite_block.fused_one_layer_forward(fc),
+        partial(squeeze_excite_block.fused_one_layer_forward, fc),
         channels=lambda module: module._modules[fc].in_channels,
         check=partial(_pointwise, name=fc),
         options={"gate_name": partial(_function, gate, GATES)},

@@ -125,11 +125,12 @@ def accelerate(
     """Replaces the blocks of a model that are known to be computed faster, in place, and says what it did.
 
     A replaced module gets a subclass of its class with another forward; its parameters, its children, the keys of the
-    state dict, ``isinstance``, ``deepcopy``, ``torch.save``, ``train()`` and ``eval()`` are as before. It no longer
-    calls its children, though: hooks on them do not run. Modules that have such hooks, are parametrized, pruned,
-    quantised, compiled, scripted or sharded, or differ in any way from what their class does stay as they are, and the
-    report says why. If later a layer of a replaced module is pruned, parametrized, hooked or replaced by another kind
-    of layer, the original forward runs again.
+    state dict, ``isinstance``, ``deepcopy``, ``torch.save``, ``train()`` and ``eval()`` are as before. It does not call
+    its children any more. So modules with hooks, and those that are parametrized, pruned, quantised, compiled,
+    scripted, sharded or different in any way from what their class does stay as they are, and the report says why. If
+    later one of its convolutions is pruned, parametrized or hooked, or a child is replaced, the original forward runs
+    again; only hooks that are put later on an activation do not run. It takes (N, C, H, W); torchvision's took
+    (C, H, W), too.
 
     Known classes: of timm SEModule, SqueezeExcite of the EfficientNets, SEModule of the legacy SENets,
     EffectiveSEModule, EseModule, EcaModule and CecaModule; SqueezeExcitation of torchvision; SEModule of

@@ -11,7 +11,9 @@ from typing import Any
 from torch import Tensor, nn
 
 from convblocks import backends
+from convblocks.ops.operator import Operator
 
+Run = Callable[..., Tensor]
 Forward = Callable[[Any, Tensor], Tensor]
 
 
@@ -27,7 +29,8 @@ class Rule:
         name: of the class that they become.
         source: the qualified name of their class. Whoever made a module has imported its library; nothing here does.
         operation: what runs instead, a name in ``convblocks.ops``.
-        forward: the forward of the new class; it finds the old one in ``self.unfused``.
+        forward: makes the forward of the new class, given what runs the operation. It finds the old forward in
+            ``self.unfused``.
         channels: the number of channels that a module takes.
         check: raises Refused with what keeps a module from being replaced.
         options: attributes that the forward needs, and how to read each from a module; may raise Refused.
@@ -37,7 +40,7 @@ class Rule:
     name: str
     source: str
     operation: str
-    forward: Forward
+    forward: Callable[[Run], Forward]
     channels: Callable[[Any], int]
     check: Callable[[Any], None]
     options: Mapping[str, Callable[[Any], str]]
@@ -57,12 +60,17 @@ class Accelerated:
         nn.Module.__setattr__(self, name, value)
 
 
-def _on(backend: str, forward: Forward) -> Forward:
-    def forward_on_backend(self: Any, x: Tensor) -> Tensor:
-        with backends.use_backend(backend):
-            return forward(self, x)
+def _run_on(backend: str, operator: Operator) -> Run:
+    """Runs an operation on one backend, whatever ``use_backend`` says; without it, for it holds for all threads."""
 
-    return forward_on_backend
+    def run(*args: Any) -> Tensor:
+        return operator._run_named(backend, args)
+
+    def run_triton(*args: Any) -> Tensor:
+        with backends.use_backend("triton"):  # its kernels have to take the place of others
+            return operator(*args)
+
+    return run_triton if backend == "triton" else run
 
 
 @functools.cache
@@ -73,7 +81,8 @@ def replacement(rule: Rule, backend: str) -> type[nn.Module]:
     """
     module, _, name = rule.source.rpartition(".")
     source = getattr(importlib.import_module(module), name)
-    forward = rule.forward if backend == "auto" else _on(backend, rule.forward)
+    operator = backends.operators[rule.operation]
+    forward = rule.forward(operator if backend == "auto" else _run_on(backend, operator))
     return type(
         rule.name if backend == "auto" else f"{rule.name}_{backend}",
         (Accelerated, source),

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from typing import Any, Literal
 
 import torch
@@ -12,17 +13,21 @@ from convblocks.ops.eca import PADDINGS, operator
 from convblocks.ops.gate import GATES
 
 
-def fused_forward(self: Any, x: Tensor) -> Tensor:
-    """Runs ``self.conv`` and the gate as one operation (see ``convblocks.blocks.squeeze_excite.fused_forward``)."""
-    conv = self._modules["conv"]
-    try:
-        p = conv._parameters
-        weight, bias = p["weight"], p["bias"]
-    except KeyError:
-        return self.unfused(x)  # type: ignore[no-any-return]
-    if conv._forward_hooks or conv._forward_pre_hooks:
-        return self.unfused(x)  # type: ignore[no-any-return]
-    return operator(x, weight, bias, self.gate_name, self.padding_mode)
+def fused_forward(run: Callable[..., Tensor] = operator) -> Callable[[Any, Tensor], Tensor]:
+    """A forward that runs ``self.conv`` and the gate as one operation, as that of ``blocks.squeeze_excite`` does."""
+
+    def forward(self: Any, x: Tensor) -> Tensor:
+        conv = self._modules["conv"]
+        try:
+            p = conv._parameters
+            weight, bias = p["weight"], p["bias"]
+        except KeyError:
+            return self.unfused(x)  # type: ignore[no-any-return]
+        if conv._forward_hooks or conv._forward_pre_hooks:
+            return self.unfused(x)  # type: ignore[no-any-return]
+        return run(x, weight, bias, self.gate_name, self.padding_mode)
+
+    return forward
 
 
 class ECA(nn.Module):
@@ -93,7 +98,7 @@ class ECA(nn.Module):
         self.padding_mode = padding_mode
         self.conv = nn.Conv1d(1, 1, k, padding=k // 2, padding_mode=padding_mode, bias=bias, device=device, dtype=dtype)
 
-    forward = fused_forward
+    forward = fused_forward()
 
     def unfused(self, x: Tensor) -> Tensor:
         s = self.conv(x.mean((2, 3)).unsqueeze(1)).squeeze(1)

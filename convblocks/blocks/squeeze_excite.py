@@ -11,7 +11,7 @@ from convblocks.ops.gate import ACTIVATIONS, GATES
 from convblocks.ops.squeeze_excite import operator
 
 
-def fused_forward(fc1: str, fc2: str) -> Callable[[Any, Tensor], Tensor]:
+def fused_forward(fc1: str, fc2: str, run: Callable[..., Tensor] = operator) -> Callable[[Any, Tensor], Tensor]:
     """A forward that runs the layers called ``fc1`` and ``fc2`` as one operation.
 
     The parameters are read from the dictionaries of the modules: an attribute of a module costs as much as half an
@@ -29,12 +29,12 @@ def fused_forward(fc1: str, fc2: str) -> Callable[[Any, Tensor], Tensor]:
             return self.unfused(x)  # type: ignore[no-any-return]
         if a._forward_hooks or a._forward_pre_hooks or b._forward_hooks or b._forward_pre_hooks or self.has_norm:
             return self.unfused(x)  # type: ignore[no-any-return]
-        return operator(x, w1, b1, w2, b2, self.activation_name, self.gate_name, self.add_maxpool)
+        return run(x, w1, b1, w2, b2, self.activation_name, self.gate_name, self.add_maxpool)
 
     return forward
 
 
-def fused_one_layer_forward(fc: str) -> Callable[[Any, Tensor], Tensor]:
+def fused_one_layer_forward(fc: str, run: Callable[..., Tensor] = operator) -> Callable[[Any, Tensor], Tensor]:
     """As ``fused_forward``, with one layer and no activation."""
 
     def forward(self: Any, x: Tensor) -> Tensor:
@@ -46,7 +46,7 @@ def fused_one_layer_forward(fc: str) -> Callable[[Any, Tensor], Tensor]:
             return self.unfused(x)  # type: ignore[no-any-return]
         if layer._forward_hooks or layer._forward_pre_hooks:
             return self.unfused(x)  # type: ignore[no-any-return]
-        return operator(x, None, None, weight, bias, "relu", self.gate_name, self.add_maxpool)
+        return run(x, None, None, weight, bias, "relu", self.gate_name, self.add_maxpool)
 
     return forward
 

@@ -51,3 +51,11 @@ def size(op: str, name: str, t: Tensor | None, ok: bool, expected: str) -> None:
 def one_of(op: str, name: str, value: str, allowed: tuple[str, ...]) -> None:
     if value not in allowed:
         raise ValueError(f"{op}: expected {name} to be one of {', '.join(allowed)}, got {value}")
+
+
+def gradient(op: str, grad: Tensor, x: Tensor) -> None:
+    size(op, "a gradient", grad, grad.shape == x.shape, _size(x))
+    if grad.dtype != x.dtype:
+        raise TypeError(f"{op}: expected a gradient of dtype {_dtype(x)}, got {_dtype(grad)}")
+    if grad.device != x.device:
+        raise RuntimeError(f"{op}: expected a gradient on {x.device} like the input, got {grad.device}")

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from convblocks import backends
+from convblocks.ops import checks
 
 _library = torch.library.Library("convblocks", "FRAGMENT")  # alive for ever: its end would take the operators away
 
@@ -48,6 +49,10 @@ class Operator:
             raise RuntimeError(f"{self.name}: expected to run on backend {backend}, got none: {reason}")
         y: Tensor = self.packet(*args)
         return y
+
+    def check_backward(self, grad: Tensor, *args: Any) -> None:
+        checks.gradient(self.name, grad, args[0])
+        self.check(*args)
 
     def run_reference(self, *args: Any) -> Tensor:
         self.check(*args)

@@ -79,7 +79,7 @@ void backward(const Context& context, const EcaBackwardArgs& a) {
     filter.forward(padded, dl, gates);
     for_lanes<A>(c, [&](int64_t i, auto lanes) {
       const Vec<A> slope = gate_slope(load(dl + i, lanes), load(gates + i, lanes), filter.gate);
-      store(dl + i, load(grad_gates + i, lanes) * slope, lanes);
+      store(dl + i, through(load(grad_gates + i, lanes), slope), lanes);
     });
     std::fill_n(wide, margin, A(0));
     std::fill_n(dl + c, margin, A(0));

@@ -44,7 +44,7 @@ inline V activation_slope(V v, Activation activation) {
   const V zero{}, one = splat<V>(1);
   switch (activation) {
     case Activation::relu: return v <= 0 ? zero : one;
-    case Activation::relu6: return (v > 0) & (v < 6) ? one : zero;
+    case Activation::relu6: return (v <= 0) | (v >= 6) ? zero : one;
     case Activation::silu: {
       const V s = sigmoid(v);
       return s * (1 + v * (1 - s));
@@ -63,6 +63,12 @@ inline V activation_slope(V v, Activation activation) {
   return one;
 }
 
+// grad * slope, but 0 where the slope is: a gradient that is not finite ends there, as in torch.
+template <class V>
+inline V through(V grad, V slope) {
+  return slope == 0 ? V{} : grad * slope;
+}
+
 template <class V>
 inline V apply_gate(V v, Gate gate) {
   return gate == Gate::sigmoid ? sigmoid(v) : clamp(v + 3, 0, 6) / 6;
@@ -71,7 +77,7 @@ inline V apply_gate(V v, Gate gate) {
 template <class V>
 inline V gate_slope(V v, V gated, Gate gate) {
   if (gate == Gate::sigmoid) return gated * (1 - gated);
-  return (v > -3) & (v < 3) ? splat<V>(Lane<V>(1) / 6) : V{};
+  return (v <= -3) | (v >= 3) ? V{} : splat<V>(Lane<V>(1) / 6);
 }
 
 }  // namespace convblocks::cpu

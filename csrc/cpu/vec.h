@@ -203,9 +203,9 @@ inline VecD exp(VecD v) {
   return each_lane(v, [](double a) { return std::exp(a); });
 }
 
-// Within 1.5 ulp; beyond +-87 it stays at exp(+-87). A NaN stays one.
+// Within 1.5 ulp. Infinite from 88.4 on, where 2^n is; below -87 it stays at exp(-87). A NaN stays one.
 inline VecF exp(VecF v) {
-  v = v > 87.f ? splat<VecF>(87.f) : v;
+  v = v > 89.f ? splat<VecF>(89.f) : v;
   v = v < -87.f ? splat<VecF>(-87.f) : v;
   constexpr float magic = 12582912.f;  // 1.5 * 2^23: adding it leaves the nearest integer in the low bits
   const VecF shifted = v * 1.44269504088896341f + magic;

@@ -4,7 +4,7 @@
 #include <cuda_runtime.h>
 #define CB_LAUNCH(kernel, grid, block, dynamic_shared_bytes, stream, ...) \
   kernel<<<grid, block, dynamic_shared_bytes, stream>>>(__VA_ARGS__)
-#define CB_DYN_SHARED(T, name)                                        \
+#define CB_DYN_SHARED(T, name)                                       \
   extern __shared__ __align__(16) unsigned char cb_dynamic_shared[]; \
   T* const name = reinterpret_cast<T*>(cb_dynamic_shared)
 #else

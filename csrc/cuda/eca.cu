@@ -1,5 +1,6 @@
-// ECA on CUDA. Forward: a pass that pools, and a pass that applies the gates, which each block computes for its channels.
-// Backward: a pass that sums x and grad * x, the gradients of the gates and of the filter, and the pass that writes grad_x.
+// ECA on CUDA. Forward: a pass that pools, and a pass that applies the gates, which each block computes for its
+// channels. Backward: a pass that sums x and grad * x, the gradients of gates and filter, and the pass that writes
+// grad_x.
 #include "../eca.h"
 
 #include "squeeze.h"
@@ -12,12 +13,12 @@ constexpr int kThreads = 256;
 // The gates and the loss's slopes by their logits, and each block's share of the gradients of the taps and the bias:
 // [tap][block].
 template <class T>
-__global__ void __launch_bounds__(kThreads)
+__global__ void __launch_bounds__(kThreads, 2)
     eca_slopes_kernel(Linear<T> filter, Gate gate, Acc<T>* gates, Acc<T>* slopes, Acc<T>* shares) {
   using A = Acc<T>;
   CB_DYN_SHARED(A, shared);
   const Pooled<A>& pooled = filter.input;
-  const int64_t plane = int64_t{blockIdx.x} * kThreads + threadIdx.x;
+  const int plane = blockIdx.x * kThreads + threadIdx.x;
   const auto [sample, channel] = divide(plane, filter.inputs);
   const bool valid = plane < pooled.planes;
   A slope = 0;
@@ -26,17 +27,17 @@ __global__ void __launch_bounds__(kThreads)
     gates[plane] = gated;
     slope = slopes[plane] = gate_grad(pooled.total(pooled.dot, plane), logit, gated, gate);
   }
-  for (int64_t tap = 0; tap <= filter.taps; tap++) {
+  for (int tap = 0; tap <= filter.taps; tap++) {
     A share[1] = {slope};
     if (valid && tap < filter.taps) share[0] *= filter.term(sample, channel, tap);
     team_reduce(share, 1, shared);
-    if (threadIdx.x == 0) shares[tap * gridDim.x + blockIdx.x] = share[0];
+    if (threadIdx.x == 0) shares[int64_t{tap} * gridDim.x + blockIdx.x] = share[0];
   }
 }
 
 // One block for each tap and one for the bias.
 template <class T>
-__global__ void __launch_bounds__(kThreads)
+__global__ void __launch_bounds__(kThreads, 2)
     eca_weights_kernel(Parameter<T> grad_weight, Parameter<T> grad_bias, const Acc<T>* shares, int64_t blocks) {
   using A = Acc<T>;
   CB_DYN_SHARED(A, shared);
@@ -53,7 +54,8 @@ __global__ void __launch_bounds__(kThreads)
 
 template <class T>
 Linear<T> filter_of(const EcaWeights& w, int64_t channels, const Pooled<Acc<T>>& input) {
-  return {{w.weight, w.dtype}, {w.bias, w.dtype}, input, channels, w.kernel, 1, w.circular};
+  const int inputs = channels, taps = w.kernel;
+  return {{w.weight, w.dtype}, {w.bias, w.dtype}, input, inputs, taps, 1, w.circular};
 }
 
 template <class T>
@@ -77,7 +79,8 @@ template <class T>
 const char* run_backward(const Context& context, const EcaBackwardArgs& args) {
   using A = Acc<T>;
   Layout layout;
-  if (const char* error = find_layout<T>(args.n, args.c, args.hw, {args.grad, args.x, args.grad_x}, layout)) return error;
+  if (const char* error = find_layout<T>(args.n, args.c, args.hw, {args.grad, args.x, args.grad_x}, layout))
+    return error;
   const Tiling tiling = pool_tiling(layout);
   const EcaWeights& w = args.weights;
   const int64_t planes = args.n * args.c, blocks = ceil_div(planes, kThreads), shares = blocks * (w.kernel + 1);
@@ -87,8 +90,8 @@ const char* run_backward(const Context& context, const EcaBackwardArgs& args) {
   pool<T>(context, layout, tiling, args.x, &args.grad, pooled);
 
   const size_t shared_bytes = kThreads / 32 * sizeof(A);
-  CB_LAUNCH(eca_slopes_kernel<T>, blocks, kThreads, shared_bytes, stream_of(context),
-            filter_of<T>(w, args.c, pooled), w.gate, gates, slopes, share);
+  CB_LAUNCH(eca_slopes_kernel<T>, blocks, kThreads, shared_bytes, stream_of(context), filter_of<T>(w, args.c, pooled),
+            w.gate, gates, slopes, share);
   CB_LAUNCH(eca_weights_kernel<T>, w.kernel + 1, kThreads, shared_bytes, stream_of(context),
             Parameter<T>(args.grad_weight, w.dtype), Parameter<T>(args.grad_bias, w.dtype), share, blocks);
 

@@ -1,6 +1,6 @@
-// SimAM on CUDA. A team keeps a tile of the map in shared memory: one read and one write of the map (backward: two reads
-// and one write). Where planes are larger than a tile, tiles first leave their share of the sums in the workspace (mean
-// and squares together, then the sums of the backward), and each pass reads the map again.
+// SimAM on CUDA. A team keeps a tile of the map in shared memory, so that the map is read once and written once. Where
+// planes are larger than a tile, tiles first leave their share of the sums in the workspace (mean and squares together,
+// then the sums of the backward), and each pass reads the map again.
 #include "../simam.h"
 
 #include "activation.h"
@@ -11,8 +11,6 @@ namespace convblocks::cuda {
 namespace {
 
 constexpr int kMaxThreads = 512;
-template <int V>
-constexpr int kUnroll = V > 1 ? 1 : 2;  // a vector has enough to do at a time
 constexpr int64_t kSharedBytes = 99 << 10;  // what a block can have on every GPU from compute capability 8.0 on
 
 enum class Pass {
@@ -32,11 +30,12 @@ template <class T, int V, int P>
 class Team {
  public:
   using A = Acc<T>;
+  static constexpr int kUnroll = V > 1 ? 1 : 2;  // a vector has enough to do at a time
   const Place at;
 
   // The shared memory of a block for the tiles of `maps` maps, and for reductions.
   __host__ __device__ static int64_t kept_bytes(const Tiling& tiling, int maps) {
-    return ceil_div(tiling.teams * maps * tiling.tile_vectors() * sizeof(Vec<T, V>), 16) * 16;
+    return ceil_div(int64_t{tiling.teams} * maps * tiling.tile_vectors() * sizeof(Vec<T, V>), 16) * 16;
   }
   static int64_t shared_bytes(const Tiling& tiling, int maps) {
     return kept_bytes(tiling, maps) + tiling.reduce_bytes<A>(maps * P);
@@ -50,7 +49,9 @@ class Team {
     scratch_ = reinterpret_cast<A*>(shared + kept_bytes(tiling, maps));
   }
   // Vector k of the thread in the tile of a map: each thread reads only what it has written.
-  __device__ Vec<T, V>& kept(int k, int map = 0) const { return kept_[map * other_ + k * static_cast<int>(blockDim.x)]; }
+  __device__ Vec<T, V>& kept(int k, int map = 0) const {
+    return kept_[map * other_ + k * static_cast<int>(blockDim.x)];
+  }
 
   template <int K>
   __device__ void sum(A (&values)[K]) const {
@@ -64,25 +65,27 @@ class Team {
   template <class F>
   __device__ A merge(int p, F f) const {
     A total = 0;
-    for (int64_t chunk = at.row; chunk < tiling_.chunks; chunk += at.step) total += f(chunk, chunk * planes() + plane(p));
+    for (int chunk = at.row; chunk < tiling_.chunks; chunk += at.step) {
+      total += f(chunk, chunk * planes() + plane(p));
+    }
     return total;
   }
   // Mean and sum of squared deviations: of the planes from the shares of their tiles, or of the tile alone.
-  __device__ void moments(bool shared, const Partial<A>& shares, A (&mean)[P], A (&squares)[P]) const {
-    const A scale = 1 / (shared ? A(pixels_) : pixels_of(at.chunk));
+  __device__ void moments(bool from_shares, const Partial<A>& shares, A (&mean)[P], A (&squares)[P]) const {
+    const A scale = 1 / (from_shares ? A(pixels_) : pixels_of(at.chunk));
     for (int p = 0; p < P; p++) mean[p] = squares[p] = 0;
-    if (shared) {
+    if (from_shares) {
       for (int p = 0; p < P; p++) {
-        mean[p] = merge(p, [&](int64_t chunk, int64_t i) { return shares.mean[i] * pixels_of(chunk); });
+        mean[p] = merge(p, [&](int chunk, int64_t i) { return shares.mean[i] * pixels_of(chunk); });
       }
     } else {
       add_kept(mean, [](int, A value) { return value; });
     }
     sum(mean);
     for (int p = 0; p < P; p++) mean[p] *= scale;
-    if (shared) {
+    if (from_shares) {
       for (int p = 0; p < P; p++) {
-        squares[p] = merge(p, [&](int64_t chunk, int64_t i) {
+        squares[p] = merge(p, [&](int chunk, int64_t i) {
           const A d = shares.mean[i] - mean[p];
           return shares.squares[i] + d * d * pixels_of(chunk);
         });
@@ -99,16 +102,16 @@ class Team {
  private:
   template <class F>
   __device__ void add_kept(A* sums, F f) const {
-#pragma unroll kUnroll<V>
+#pragma unroll kUnroll
     for (int k = 0; k < at.count; k++) {
       const Vec<T, V> v = kept(k);
       add_vector<V, P>(sums, [&](int e) { return f(e, static_cast<A>(v.data[e])); });
     }
   }
-  __device__ int64_t planes() const { return tiling_.samples * tiling_.columns * P; }
-  __device__ int64_t plane(int p) const { return (at.sample * tiling_.columns + at.column) * P + p; }
-  __device__ A pixels_of(int64_t chunk) const {  // of a plane in a tile
-    return A(min(tiling_.length, tiling_.height - chunk * tiling_.length) * (V / P));
+  __device__ int64_t planes() const { return int64_t{tiling_.samples} * tiling_.columns * P; }
+  __device__ int64_t plane(int p) const { return (int64_t{at.sample} * tiling_.columns + at.column) * P + p; }
+  __device__ A pixels_of(int chunk) const {  // of a plane in a tile
+    return A(min(int64_t{tiling_.length}, tiling_.height - int64_t{chunk} * tiling_.length) * (V / P));
   }
 
   const Tiling& tiling_;
@@ -119,13 +122,14 @@ class Team {
 };
 
 template <class T, int V, int P>
-__global__ void __launch_bounds__(kMaxThreads, 1)
-    simam_kernel(Pass pass, View<const T> x, View<T> y, Tiling tiling, int64_t pixels, Acc<T> lambda, Partial<Acc<T>> part) {
+__global__ void __launch_bounds__(kMaxThreads, 1) simam_kernel(Pass pass, View<const T> x, View<T> y, Tiling tiling,
+                                                               int64_t pixels, Acc<T> lambda, Partial<Acc<T>> part) {
   using A = Acc<T>;
+  [[maybe_unused]] constexpr int kUnroll = Team<T, V, P>::kUnroll;
   CB_DYN_SHARED(unsigned char, shared);
   const Team<T, V, P> team(tiling, pixels, 1, shared);
   const Place& at = team.at;
-  for_each_vector<V>(at, x, [&](int64_t k, const Vec<T, V>& v) { team.kept(k) = v; });
+  for_each_vector<V>(at, x, [&](int k, const Vec<T, V>& v) { team.kept(k) = v; });
   A mean[P], scale[P];
   team.moments(pass == Pass::finish, part, mean, scale);
   if (pass == Pass::moments) {
@@ -135,7 +139,7 @@ __global__ void __launch_bounds__(kMaxThreads, 1)
   }
   for (int p = 0; p < P; p++) scale[p] = 1 / (4 * (scale[p] / A(pixels - 1) + lambda));
   T* out = at.in(y);
-#pragma unroll kUnroll<V>
+#pragma unroll kUnroll
   for (int k = 0; k < at.count; k++, out += at.step * y.vector) {
     Vec<T, V> v = team.kept(k);
 #pragma unroll
@@ -154,10 +158,11 @@ __global__ void __launch_bounds__(kMaxThreads, 1)
     simam_backward_kernel(Pass pass, View<const T> grad, View<const T> x, View<T> grad_x, Tiling tiling, int64_t pixels,
                           Acc<T> lambda, Partial<Acc<T>> part) {
   using A = Acc<T>;
+  [[maybe_unused]] constexpr int kUnroll = Team<T, V, P>::kUnroll;
   CB_DYN_SHARED(unsigned char, shared);
   const Team<T, V, P> team(tiling, pixels, 2, shared);
   const Place& at = team.at;
-  for_each_vector<V>(at, x, grad, [&](int64_t k, const Vec<T, V>& v, const Vec<T, V>& g) {
+  for_each_vector<V>(at, x, grad, [&](int k, const Vec<T, V>& v, const Vec<T, V>& g) {
     team.kept(k) = v;
     team.kept(k, 1) = g;
   });
@@ -176,11 +181,11 @@ __global__ void __launch_bounds__(kMaxThreads, 1)
   for (int p = 0; p < P; p++) s[p] = s[P + p] = 0;
   if (pass == Pass::finish) {
     for (int p = 0; p < P; p++) {
-      s[p] = team.merge(p, [&](int64_t, int64_t i) { return part.s1[i]; });
-      s[P + p] = team.merge(p, [&](int64_t, int64_t i) { return part.s2[i]; });
+      s[p] = team.merge(p, [&](int, int64_t i) { return part.s1[i]; });
+      s[P + p] = team.merge(p, [&](int, int64_t i) { return part.s2[i]; });
     }
   } else {
-#pragma unroll kUnroll<V>
+#pragma unroll kUnroll
     for (int k = 0; k < at.count; k++) {
       const Vec<T, V> v = team.kept(k), g = team.kept(k, 1);
       A vector_s[2 * P] = {};
@@ -204,7 +209,7 @@ __global__ void __launch_bounds__(kMaxThreads, 1)
     s[P + p] *= q[p] / A(pixels);
   }
   T* out = at.in(grad_x);
-#pragma unroll kUnroll<V>
+#pragma unroll kUnroll
   for (int k = 0; k < at.count; k++, out += at.step * grad_x.vector) {
     Vec<T, V> v = team.kept(k);
     const Vec<T, V> g = team.kept(k, 1);
@@ -221,7 +226,8 @@ __global__ void __launch_bounds__(kMaxThreads, 1)
 template <class T, int V, int P>
 Tiling simam_tiling(const Layout& layout, int maps) {
   const auto tiling = [&](int width, int64_t chunks) {
-    const int64_t vectors = ceil_div(layout.height, chunks) * width, warps = std::min<int64_t>(ceil_div(vectors, 256), 16);
+    const int64_t vectors = ceil_div(layout.height, chunks) * width;
+    const int64_t warps = std::min<int64_t>(ceil_div(vectors, 256), kMaxThreads / 32);
     return Tiling(layout, width, warps * 32, chunks);
   };
   const int widest = layout.channels_last ? tile_width(layout, V > 1 ? 8 : 32) : 1;
@@ -234,7 +240,8 @@ Tiling simam_tiling(const Layout& layout, int maps) {
 }
 
 template <class T, int V, int P, class... Parameters, class... Arguments>
-void launch(const Context& context, const Tiling& tiling, int maps, void (*kernel)(Parameters...), Arguments... arguments) {
+void launch(const Context& context, const Tiling& tiling, int maps, void (*kernel)(Parameters...),
+            Arguments... arguments) {
   const auto bytes = static_cast<int>(Team<T, V, P>::shared_bytes(tiling, maps));
   if (bytes > 48 << 10) cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, bytes);
   CB_LAUNCH(kernel, tiling.blocks(), tiling.block(), bytes, stream_of(context), arguments...);
@@ -266,20 +273,22 @@ template <class T>
 const char* run_backward(const Context& context, const SimamBackwardArgs& args) {
   using A = Acc<T>;
   Layout layout;
-  if (const char* error = find_layout<T>(args.n, args.c, args.hw, {args.grad, args.x, args.grad_x}, layout)) return error;
+  if (const char* error = find_layout<T>(args.n, args.c, args.hw, {args.grad, args.x, args.grad_x}, layout))
+    return error;
   const auto grad = layout.view<const T>(args.grad), x = layout.view<const T>(args.x);
   const auto grad_x = layout.view<T>(args.grad_x);
   with_shape<T>(layout, [&]<int V, int P>(Shape<V, P>) {
     const Tiling tiling = simam_tiling<T, V, P>(layout, 2);
     const A lambda = args.e_lambda;
     const auto pass = [&](Pass pass, const Partial<A>& part) {
-      launch<T, V, P>(context, tiling, 2, simam_backward_kernel<T, V, P>, pass, grad, x, grad_x, tiling, args.hw, lambda,
-                   part);
+      launch<T, V, P>(context, tiling, 2, simam_backward_kernel<T, V, P>, pass, grad, x, grad_x, tiling, args.hw,
+                      lambda, part);
     };
     if (tiling.chunks == 1) return pass(Pass::whole, {});
     const int64_t shares = args.n * args.c * tiling.chunks;
     Workspace<A> workspace(context, 4 * shares);
-    const Partial<A> part{workspace.take(shares), workspace.take(shares), workspace.take(shares), workspace.take(shares)};
+    const Partial<A> part{workspace.take(shares), workspace.take(shares), workspace.take(shares),
+                          workspace.take(shares)};
     launch<T, V, P>(context, tiling, 1, simam_kernel<T, V, P>, Pass::moments, x, grad_x, tiling, args.hw, lambda, part);
     pass(Pass::sums, part);
     pass(Pass::finish, part);

@@ -25,12 +25,12 @@ __global__ void __launch_bounds__(kMaxThreads, 2)
     }
   };
   if constexpr (kBackward) {
-    for_each_vector<V>(at, x, grad, [&](int64_t, const Vec<T, V>& v, const Vec<T, V>& g) {
+    for_each_vector<V>(at, x, grad, [&](int, const Vec<T, V>& v, const Vec<T, V>& g) {
       see(v);
       add_vector<V, P>(sums + P, [&](int e) { return static_cast<A>(v.data[e]) * static_cast<A>(g.data[e]); });
     });
   } else {
-    for_each_vector<V>(at, x, [&](int64_t, const Vec<T, V>& v) { see(v); });
+    for_each_vector<V>(at, x, [&](int, const Vec<T, V>& v) { see(v); });
   }
   team_reduce(sums, tiling.width, shared);
   if (out.max) {
@@ -44,7 +44,7 @@ __global__ void __launch_bounds__(kMaxThreads, 2)
   }
   if (at.row != 0 || !at.valid) return;
   for (int p = 0; p < P; p++) {
-    const int64_t i = at.chunk * out.planes + (at.sample * tiling.columns + at.column) * P + p;
+    const int64_t i = at.chunk * out.planes + (int64_t{at.sample} * tiling.columns + at.column) * P + p;
     out.sum[i] = sums[p];
     if constexpr (kBackward) out.dot[i] = sums[P + p];
     if (out.max) {
@@ -59,16 +59,15 @@ __global__ void __launch_bounds__(kMaxThreads, 2)
     apply_kernel(View<const T> in, View<const T> x, View<T> out, Tiling tiling, Changes<T> source) {
   using A = Acc<T>;
   CB_DYN_SHARED(Change<A>, changes);
-  const unsigned block = gridDim.x - 1 - blockIdx.x;  // begins with what the pass before has read last: it is in the cache
+  const unsigned block = gridDim.x - 1 - blockIdx.x;  // first what the pass before has read last: it is in the cache
   const int tile_planes = tiling.width * P, planes = tiling.teams * tile_planes;
   const int thread = threadIdx.y * blockDim.x + threadIdx.x, lanes = source.lanes();
   const int at_a_time = tiling.threads * tiling.teams / lanes;
-  const int64_t channels = tiling.columns * P;
+  const int channels = tiling.columns * P;
   for (int i = thread / lanes; i - thread % 32 / lanes < planes; i += at_a_time) {  // a warp stays together
-    const int64_t tile = int64_t{block} * tiling.teams + i / tile_planes;
-    const Quotient group = divide(tile, tiling.groups);
-    const int64_t sample = divide(group.quotient, tiling.chunks).quotient;
-    const int64_t channel = group.remainder * tile_planes + i % tile_planes;
+    const Quotient team = divide(i, tile_planes), group = divide(block * tiling.teams + team.quotient, tiling.groups);
+    const int sample = divide(group.quotient, tiling.chunks).quotient;
+    const int channel = group.remainder * tile_planes + team.remainder;
     const bool valid = i < planes && sample < tiling.samples && channel < channels;
     const Change<A> change = source(valid ? sample : 0, valid ? channel : 0, channels, thread % lanes);
     if (valid && thread % lanes == 0) changes[i] = change;
@@ -81,7 +80,7 @@ __global__ void __launch_bounds__(kMaxThreads, 2)
   T* const p = at.in(out);
   const int64_t step = at.step * out.vector;
   if constexpr (kMax) {
-    for_each_vector<V>(at, in, x, [&](int64_t k, Vec<T, V> v, const Vec<T, V>& xs) {
+    for_each_vector<V>(at, in, x, [&](int k, Vec<T, V> v, const Vec<T, V>& xs) {
 #pragma unroll
       for (int e = 0; e < V; e++) {
         const Change<A>& c = mine[e % P];
@@ -91,7 +90,7 @@ __global__ void __launch_bounds__(kMaxThreads, 2)
       store(p + k * step, v);
     });
   } else {
-    for_each_vector<V>(at, in, [&](int64_t k, Vec<T, V> v) {
+    for_each_vector<V>(at, in, [&](int k, Vec<T, V> v) {
 #pragma unroll
       for (int e = 0; e < V; e++) {
         v.data[e] = static_cast<T>(static_cast<A>(v.data[e]) * mine[e % P].scale + mine[e % P].shift);
@@ -122,8 +121,8 @@ void pool(const Context& context, const Layout& layout, const Tiling& tiling, co
   const auto xs = layout.view<const T>(x), gs = layout.view<const T>(grad ? *grad : x);
   with_shape<T>(layout, [&]<int V, int P>(Shape<V, P>) {
     const auto kernel = grad ? pool_kernel<T, V, P, true> : pool_kernel<T, V, P, false>;
-    CB_LAUNCH(kernel, tiling.blocks(), tiling.block(), tiling.reduce_bytes<Acc<T>>(grad ? 2 * P : P), stream_of(context),
-              xs, gs, tiling, pooled);
+    CB_LAUNCH(kernel, tiling.blocks(), tiling.block(), tiling.reduce_bytes<Acc<T>>(grad ? 2 * P : P),
+              stream_of(context), xs, gs, tiling, pooled);
   });
 }
 
@@ -141,9 +140,8 @@ void apply(const Context& context, const Layout& layout, const Map& in, const Ma
   });
 }
 
-#define CONVBLOCKS_SQUEEZE(T)                                                                          \
-  template void pool<T>(const Context&, const Layout&, const Tiling&, const Map&, const Map*,          \
-                        const Pooled<Acc<T>>&);                                                        \
+#define CONVBLOCKS_SQUEEZE(T)                                                                                         \
+  template void pool<T>(const Context&, const Layout&, const Tiling&, const Map&, const Map*, const Pooled<Acc<T>>&); \
   template void apply<T>(const Context&, const Layout&, const Map&, const Map&, const Map&, const Changes<T>&);
 CONVBLOCKS_SQUEEZE(float)
 CONVBLOCKS_SQUEEZE(double)

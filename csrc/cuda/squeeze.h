@@ -7,16 +7,17 @@
 
 namespace convblocks::cuda {
 
-// What a map's planes are pooled to, each [chunk][plane]: tiles leave their shares, whoever reads adds them up in order.
+// What a map's planes are pooled to, each [chunk][plane]: tiles leave their shares, and whoever reads adds them up.
 template <class A>
 struct Pooled {
   A *sum = nullptr, *dot = nullptr;   // of x, and of grad * x
   A *max = nullptr, *ties = nullptr;  // the maximum, and how many pixels are it; null where it is not wanted
-  int64_t chunks = 1, planes = 0;
+  int chunks = 1;
+  int64_t planes = 0;
   A mean_scale = 1;  // 1 / pixels
 
   Pooled() = default;
-  Pooled(Workspace<A>& workspace, int64_t planes, int64_t pixels, int64_t chunks, bool backward, bool maximum)
+  Pooled(Workspace<A>& workspace, int64_t planes, int64_t pixels, int chunks, bool backward, bool maximum)
       : chunks(chunks), planes(planes), mean_scale(A(1) / pixels) {
     const auto take = [&](bool wanted) { return wanted ? workspace.take(planes * chunks) : nullptr; };
     sum = take(true);
@@ -24,27 +25,27 @@ struct Pooled {
     max = take(maximum);
     ties = take(backward && maximum);
   }
-  static int64_t size(int64_t planes, int64_t chunks, bool backward, bool maximum) {
+  static int64_t size(int64_t planes, int chunks, bool backward, bool maximum) {
     return planes * chunks * (1 + backward) * (1 + maximum);
   }
 
   __device__ A total(const A* part, int64_t plane) const {
     A total = part[plane];
 #pragma unroll 1
-    for (int64_t chunk = 1; chunk < chunks; chunk++) total += part[chunk * planes + plane];
+    for (int chunk = 1; chunk < chunks; chunk++) total += part[chunk * planes + plane];
     return total;
   }
   __device__ A maximum(int64_t plane) const {
     A most = max[plane];
 #pragma unroll 1
-    for (int64_t chunk = 1; chunk < chunks; chunk++) most = Max()(most, max[chunk * planes + plane]);
+    for (int chunk = 1; chunk < chunks; chunk++) most = Max()(most, max[chunk * planes + plane]);
     return most;
   }
   __device__ A tied(int64_t plane) const {
     const A most = maximum(plane);
     A total = 0;
 #pragma unroll 1
-    for (int64_t chunk = 0; chunk < chunks; chunk++) {
+    for (int chunk = 0; chunk < chunks; chunk++) {
       if (max[chunk * planes + plane] == most) total += ties[chunk * planes + plane];
     }
     return total;
@@ -56,19 +57,19 @@ struct Pooled {
   }
 };
 
-// A channel's linear function of its sample's `inputs` pooled numbers: a row of a matrix, or a filter that slides over the
-// channels.
+// A channel's linear function of its sample's `inputs` pooled numbers: a row of a matrix, or a filter that slides over
+// the channels.
 template <class T>
 struct Linear {
   using A = Acc<T>;
   Parameter<T> weight, bias;
   Pooled<A> input;
-  int64_t inputs = 0, taps = 0;
+  int inputs = 0, taps = 0;
   int slide = 0;  // 0: a matrix of rows of `taps`; 1 or -1: one filter, forward or backward
   bool circular = false;
 
-  __device__ A term(int64_t sample, int64_t channel, int64_t tap) const {
-    int64_t i = tap;
+  __device__ A term(int64_t sample, int channel, int tap) const {
+    int i = tap;
     if (slide != 0) {
       i = channel + slide * (tap - taps / 2);
       if (i < 0 || i >= inputs) {
@@ -82,7 +83,7 @@ struct Linear {
   __device__ A operator()(int64_t sample, int64_t channel, int lane, int lanes) const {
     A total = 0;
 #pragma unroll 2
-    for (int64_t tap = lane; tap < taps; tap += lanes) {
+    for (int tap = lane; tap < taps; tap += lanes) {
       total += weight[slide == 0 ? channel * taps + tap : tap] * term(sample, channel, tap);
     }
     for (int apart = lanes / 2; apart > 0; apart /= 2) total += __shfl_xor_sync(0xffffffffu, total, apart);
@@ -108,7 +109,7 @@ struct Changes {
 
   // Lanes that compute the change of a plane together.
   __device__ int lanes() const { return values || linear.slide != 0 ? 1 : 8; }
-  __device__ Change<A> operator()(int64_t sample, int64_t channel, int64_t channels, int lane) const {
+  __device__ Change<A> operator()(int64_t sample, int channel, int channels, int lane) const {
     const int64_t plane = sample * channels + channel;
     const A value = values ? values[plane] : linear(sample, channel, lane, lanes());
     if (!gates) return {values ? value : apply_gate(value, gate), 0, 0, 0};

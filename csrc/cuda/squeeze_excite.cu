@@ -1,9 +1,7 @@
 // Squeeze-and-excitation on CUDA. Forward: a pass that pools, the small matrix products, and a pass that applies the
-// gates; the last product is done by the blocks of that pass where it is small. Backward: a pass that sums x and grad * x,
-// the products and their gradients, and the pass that writes grad_x.
-//
-// The products are of matrices with few columns, or few rows: they are bound by reading the weights, so each block takes
-// several samples to one reading.
+// gates; where the last product is small the blocks of that pass do it. Backward: a pass that sums x and grad * x, the
+// products and their gradients, and the pass that writes grad_x. The products are bound by reading the weights, so each
+// block takes several samples to one reading.
 #include "../squeeze_excite.h"
 
 #include "squeeze.h"
@@ -11,10 +9,11 @@
 namespace convblocks::cuda {
 namespace {
 
-constexpr int kSamples = 4;  // of a block
 constexpr int kThreads = 256;
-constexpr int kAcross = 8;    // lanes across a row in products with the transposed weights
+constexpr int kSamples = 4;   // of a block in a product
+constexpr int kAcross = 8;    // lanes across a row in a product with the transposed weights
 constexpr int kColumns = 32;  // lanes across a row of a gradient of weights
+constexpr int kRows = 4;      // of a block in a gradient of weights
 
 // A layer's weights: rows of `columns`.
 template <class T>
@@ -26,7 +25,7 @@ struct Layer {
 // What is done with a product's numbers. Activated: z is kept for the backward.
 template <class T>
 struct Hidden {
-  Acc<T> *z, *h;  // [sample][unit]; z may be null
+  Acc<T>*z, *h;  // [sample][unit]; z may be null
   Activation activation;
   __device__ void operator()(int64_t i, Acc<T> logit) const {
     if (z) z[i] = logit;
@@ -36,7 +35,7 @@ struct Hidden {
 // Gated: in the backward with the loss's slopes by the logits.
 template <class T>
 struct Gated {
-  Acc<T> *gates, *slopes;  // [sample][channel]; slopes may be null
+  Acc<T>*gates, *slopes;  // [sample][channel]; slopes may be null
   Gate gate;
   Pooled<Acc<T>> pooled;
   __device__ void operator()(int64_t plane, Acc<T> logit) const {
@@ -46,14 +45,15 @@ struct Gated {
   }
 };
 
-// finish(sample * rows + row, row of the weights * input of the sample + bias). A team for each row and `kSamples` samples.
+// Calls finish(sample * rows + row, the row of the weights times the sample's input + bias): a team for each row and
+// kSamples samples.
 template <class T, class F>
-__global__ void __launch_bounds__(kThreads)
+__global__ void __launch_bounds__(kThreads, 2)
     product_kernel(Layer<T> layer, Pooled<Acc<T>> input, int64_t samples, F finish) {
   using A = Acc<T>;
   CB_DYN_SHARED(A, shared);
-  const Quotient place = divide(int64_t{blockIdx.x} * blockDim.y + threadIdx.y, layer.rows);
-  const int64_t row = place.remainder, first = place.quotient * kSamples, columns = layer.columns;
+  const Quotient place = divide(blockIdx.x * blockDim.y + threadIdx.y, layer.rows);
+  const int64_t row = place.remainder, first = int64_t{place.quotient} * kSamples, columns = layer.columns;
   A sums[kSamples] = {};
   if (first < samples) {
     for (int64_t i = threadIdx.x; i < columns; i += blockDim.x) {
@@ -73,7 +73,8 @@ __global__ void __launch_bounds__(kThreads)
   }
 }
 
-// out[sample][column] = sum over rows of weight[row][column] * input[sample][row], then back through the activation of z.
+// out[sample][column] = the sum over rows of weight[row][column] * input[sample][row], then back through the activation
+// of z.
 template <class T>
 struct Transposed {
   Layer<T> layer;
@@ -83,8 +84,8 @@ struct Transposed {
   Activation activation;
   int64_t samples;
 
-  __host__ __device__ int64_t blocks() const { return ceil_div(layer.columns, kAcross) * ceil_div(samples, kSamples); }
-  __device__ void run(int64_t block, Acc<T>* shared) const {
+  __host__ __device__ unsigned blocks() const { return ceil_div(layer.columns, kAcross) * ceil_div(samples, kSamples); }
+  __device__ void run(unsigned block, Acc<T>* shared) const {
     using A = Acc<T>;
     const Quotient place = divide(block, ceil_div(layer.columns, kAcross));
     const int own_row = threadIdx.x / kAcross;
@@ -108,8 +109,8 @@ struct Transposed {
   }
 };
 
-// The gradients of a layer: of weight[row][column], the sum over samples of slopes[sample][row] * input[sample][column];
-// of the bias, the same with one column of ones.
+// The gradients of a layer. Of weight[row][column]: the sum over samples of slopes[sample][row] times
+// input[sample][column]. Of the bias: the same with one column of ones.
 template <class T>
 struct WeightGradient {
   Layer<T> grad;
@@ -117,9 +118,10 @@ struct WeightGradient {
   Pooled<Acc<T>> input;
   int64_t samples;
 
-  static constexpr int kRows = 4;  // of a block
-  __host__ __device__ int64_t blocks() const { return ceil_div(grad.columns + 1, kColumns) * ceil_div(grad.rows, kRows); }
-  __device__ void run(int64_t block, Acc<T>* shared) const {
+  __host__ __device__ unsigned blocks() const {
+    return ceil_div(grad.columns + 1, kColumns) * ceil_div(grad.rows, kRows);
+  }
+  __device__ void run(unsigned block, Acc<T>* shared) const {
     using A = Acc<T>;
     const Quotient place = divide(block, ceil_div(grad.columns + 1, kColumns));
     const int own_row = threadIdx.x / kColumns;
@@ -144,17 +146,17 @@ struct WeightGradient {
 };
 
 template <class T>
-__global__ void __launch_bounds__(kThreads) transposed_kernel(Transposed<T> product) {
+__global__ void __launch_bounds__(kThreads, 2) transposed_kernel(Transposed<T> product) {
   CB_DYN_SHARED(Acc<T>, shared);
   product.run(blockIdx.x, shared);
 }
 
 // What depends on nothing else any more: the gradients of the squeezed numbers and of the weights.
 template <class T>
-__global__ void __launch_bounds__(kThreads)
+__global__ void __launch_bounds__(kThreads, 2)
     gradients_kernel(Transposed<T> squeezed, WeightGradient<T> second, WeightGradient<T> first) {
   CB_DYN_SHARED(Acc<T>, shared);
-  int64_t block = blockIdx.x;
+  unsigned block = blockIdx.x;
   if (block < squeezed.blocks()) return squeezed.run(block, shared);
   block -= squeezed.blocks();
   if (block < second.blocks()) return second.run(block, shared);
@@ -189,7 +191,8 @@ class SqueezeExcite {
     Changes<T> changes;
     // The blocks that apply the gates read a row of w2 for each plane: less than the plane, or else few planes in all.
     if (w_.reduced && (w_.reduced <= hw_ || n_ <= kSamples)) {
-      changes.linear = {second.weight, second.bias, input, w_.reduced, w_.reduced};
+      const int reduced = w_.reduced;
+      changes.linear = {second.weight, second.bias, input, reduced, reduced};
       changes.gate = w_.gate;
     } else {
       product(second, input, Gated<T>{gates, nullptr, w_.gate, pooled});
@@ -207,7 +210,8 @@ class SqueezeExcite {
     A *const hidden_slopes = workspace.take(n_ * w_.reduced), *const gates = workspace.take(n_ * c_);
     A *const slopes = workspace.take(n_ * c_), *const squeezed = workspace.take(n_ * c_);
 
-    const Layer<T> first = layer(w_.w1, w_.b1, w_.reduced, c_), second = layer(w_.w2, w_.b2, c_, w_.reduced ? w_.reduced : c_);
+    const Layer<T> first = layer(w_.w1, w_.b1, w_.reduced, c_);
+    const Layer<T> second = layer(w_.w2, w_.b2, c_, w_.reduced ? w_.reduced : c_);
     const Pooled<A> input = w_.reduced ? numbers(hidden) : pooled;
     if (w_.reduced) product(first, pooled, Hidden<T>{z, hidden, w_.activation});
     product(second, input, Gated<T>{gates, slopes, w_.gate, pooled});
@@ -217,10 +221,11 @@ class SqueezeExcite {
       launch(transposed_kernel<T>, by_hidden.blocks(), by_hidden);
       by_squeezed = {first, hidden_slopes, squeezed, nullptr, w_.activation, n_};
     }
-    const WeightGradient<T> grad_second{layer(args.grad_w2, args.grad_b2, second.rows, second.columns), slopes, input, n_};
-    const WeightGradient<T> grad_first{layer(args.grad_w1, args.grad_b1, first.rows, first.columns), hidden_slopes, pooled, n_};
-    launch(gradients_kernel<T>, by_squeezed.blocks() + grad_second.blocks() + grad_first.blocks(), by_squeezed, grad_second,
-           grad_first);
+    const Layer<T> grad_first = layer(args.grad_w1, args.grad_b1, first.rows, first.columns);
+    const Layer<T> grad_second = layer(args.grad_w2, args.grad_b2, second.rows, second.columns);
+    const WeightGradient<T> by_first{grad_first, hidden_slopes, pooled, n_}, by_second{grad_second, slopes, input, n_};
+    launch(gradients_kernel<T>, by_squeezed.blocks() + by_second.blocks() + by_first.blocks(), by_squeezed, by_second,
+           by_first);
 
     Changes<T> changes;
     changes.values = squeezed;
@@ -252,7 +257,7 @@ class SqueezeExcite {
   }
   template <class... Parameters>
   void launch(void (*kernel)(Parameters...), int64_t blocks, const Parameters&... parameters) const {
-    const int numbers = std::max(kAcross * kSamples, kColumns * WeightGradient<T>::kRows);
+    const int numbers = std::max(kAcross * kSamples, kColumns * kRows);
     CB_LAUNCH(kernel, blocks, kThreads, kThreads / 32 * numbers * sizeof(A), stream_of(context_), parameters...);
   }
 

@@ -1,10 +1,10 @@
 // How blocks share a feature map, the same for both layouts.
 //
-// A map is columns of vectors. NCHW: a column is a plane, its vectors are V neighbouring pixels. channels_last: a column
-// is V neighbouring channels, with one vector for each pixel. P is the number of planes in a column: 1 or V. With V = 1,
-// which serves what is not aligned to vectors, P = 1 in both. A tile is `width` columns side by side (1 in NCHW; in
-// channels_last they lie next to each other in memory) and a stretch of vectors along them: what a team of threads reduces
-// or transforms together. A team is one warp, and then a block holds several, or a whole block.
+// A map is columns of vectors. NCHW: a column is a plane, its vectors are V neighbouring pixels. channels_last: a
+// column is V neighbouring channels, one vector for each pixel. P is the number of planes in a column: 1 or V. With
+// V = 1, which serves what is not aligned to vectors, P = 1 in both. A tile is `width` columns side by side (1 in NCHW;
+// in channels_last they lie next to each other in memory) and a stretch of vectors along them: what a team of threads
+// reduces or transforms together. A team is one warp, and then a block holds several, or a whole block.
 #pragma once
 #include <algorithm>
 
@@ -40,7 +40,9 @@ const char* find_layout(int64_t n, int64_t c, int64_t hw, const Map (&maps)[K], 
     planes &= map.pixel == 1 || hw == 1;
   }
   if (!rows && !planes) return "maps of different layouts";
-  if (n * c > INT32_MAX / 2) return "more than 2^30 planes";  // the blocks of a grid have 31-bit numbers
+  // A block's number in its grid has 31 bits, a vector's in its tile has 32.
+  if (n * c > 1 << 30) return "more than 2^30 planes";
+  if (hw > int64_t{1} << 34) return "more than 2^34 pixels";
   const bool channels_last = rows && (hw == 1 || !planes);
   bool vectors = kVector<T> > 1 && (channels_last ? c : hw) % kVector<T> == 0;
   for (const Map& map : maps) {
@@ -49,7 +51,8 @@ const char* find_layout(int64_t n, int64_t c, int64_t hw, const Map (&maps)[K], 
                ((channels_last ? hw : c) == 1 || apart % kVector<T> == 0);
   }
   const int v = vectors ? kVector<T> : 1;
-  layout = {channels_last, vectors, v, channels_last ? v : 1, n, channels_last ? c / v : c, channels_last ? hw : hw / v};
+  layout = {
+      channels_last, vectors, v, channels_last ? v : 1, n, channels_last ? c / v : c, channels_last ? hw : hw / v};
   return nullptr;
 }
 
@@ -69,20 +72,19 @@ void with_shape(const Layout& layout, F f) {
 }
 
 struct Tiling {
-  int64_t samples, columns, height;
-  int64_t groups, chunks, length;  // tiles across a sample; along its columns; vectors along a tile
-  int width, threads, teams;       // columns of a tile; threads of a team; teams of a block
+  int samples, columns;
+  int64_t height;
+  int groups, chunks, length;  // tiles across a sample; along its columns; vectors along a tile
+  int width, threads, teams;   // columns of a tile; threads of a team; teams of a block
 
-  Tiling(const Layout& l, int width, int threads, int64_t chunks)
+  Tiling(const Layout& l, int width, int threads, int64_t least_chunks)
       : samples(l.samples), columns(l.columns), height(l.height), groups(ceil_div(l.columns, width)),
-        chunks(chunks), length(ceil_div(l.height, chunks)), width(width), threads(threads),
-        teams(threads == 32 ? 4 : 1) {
-    this->chunks = ceil_div(height, length);
+        length(ceil_div(l.height, least_chunks)), width(width), threads(threads), teams(threads == 32 ? 4 : 1) {
+    chunks = ceil_div(height, length);
   }
-  int64_t tiles() const { return samples * groups * chunks; }
-  unsigned blocks() const { return static_cast<unsigned>(ceil_div(tiles(), teams)); }
+  unsigned blocks() const { return ceil_div(int64_t{samples} * groups * chunks, teams); }
   dim3 block() const { return dim3(threads, teams); }
-  __host__ __device__ int64_t tile_vectors() const { return length * width; }
+  __host__ __device__ int tile_vectors() const { return length * width; }
   // Shared memory that a team needs to reduce k numbers for each of its columns (reduce.h).
   template <class A>
   size_t reduce_bytes(int k) const {
@@ -98,37 +100,35 @@ inline int tile_width(const Layout& l, int most) {
 }
 
 struct Quotient {
-  int64_t quotient, remainder;
+  int quotient, remainder;
 };
-__device__ inline Quotient divide(int64_t a, int64_t b) {  // of numbers >= 0; 64-bit division takes a hundred steps
-  if ((a | b) >> 32 == 0) {
-    const auto x = static_cast<uint32_t>(a), y = static_cast<uint32_t>(b);
-    return {x / y, x % y};
-  }
-  return {a / b, a % b};
+__device__ inline Quotient divide(unsigned a, unsigned b) {
+  const unsigned quotient = a / b;
+  return {static_cast<int>(quotient), static_cast<int>(a - quotient * b)};
 }
 
 // The part of a map that a thread works on: `count` vectors of one column, `step` apart.
 struct Place {
-  int64_t sample, column, chunk;  // column 0 where the tile reaches beyond the last one: count is 0 there
-  int64_t first, count;
-  int row, step, lane;  // its place in the team: `lane` across, `row` of `step` along
+  int sample, column, chunk;  // column 0 where the tile reaches beyond the last one: count is 0 there
+  int64_t first;              // vector of the column
+  int count, step;
+  int row, lane;  // the thread's place in its team: `lane` across, `row` of `step` along
   bool valid;
 
   __device__ Place(const Tiling& t, unsigned block) {
-    const int64_t tile = int64_t{block} * blockDim.y + threadIdx.y;
-    const Quotient group = divide(tile, t.groups), part = divide(group.quotient, t.chunks);
-    row = threadIdx.x / t.width;
-    lane = threadIdx.x % t.width;
-    step = blockDim.x / t.width;
+    const Quotient group = divide(block * blockDim.y + threadIdx.y, t.groups), part = divide(group.quotient, t.chunks);
+    const Quotient thread = divide(threadIdx.x, t.width);
+    row = thread.quotient;
+    lane = thread.remainder;
+    step = divide(blockDim.x, t.width).quotient;
     sample = part.quotient;
     chunk = part.remainder;
     column = group.remainder * t.width + lane;
     valid = sample < t.samples && column < t.columns;
     if (!valid) sample = column = 0;
-    first = chunk * t.length + row;
-    const int64_t end = min((chunk + 1) * t.length, t.height);
-    count = valid && first < end ? (end - first + step - 1) / step : 0;
+    first = int64_t{chunk} * t.length + row;
+    const auto left = static_cast<int>(min(t.height - first, int64_t{t.length - row}));
+    count = valid && left > 0 ? divide(left + step - 1, step).quotient : 0;
   }
   template <class T>
   __device__ T* in(const View<T>& map) const {
@@ -136,8 +136,8 @@ struct Place {
   }
 };
 
-// Adds f(element) to the sum of the element's plane, for the elements of a vector: within the vector first, as sums of few
-// lose less to rounding.
+// Adds f(element) to the sum of the element's plane, for the elements of a vector: within the vector first, as sums of
+// few lose less to rounding.
 template <int V, int P, class A, class F>
 __device__ void add_vector(A* sums, F f) {
 #pragma unroll
@@ -155,8 +155,8 @@ __device__ void for_each_vector(const Place& at, const View<const T>& map, F f) 
   constexpr int kBatch = V > 1 ? 4 : 8;
   const int64_t step = at.step * map.vector;
   const T* p = at.in(map);
-  for (int64_t k = 0; k < at.count; k += kBatch, p += kBatch * step) {
-    const auto left = static_cast<int>(min(at.count - k, int64_t{kBatch}));
+  for (int k = 0; k < at.count; k += kBatch, p += kBatch * step) {
+    const auto left = min(at.count - k, kBatch);
     Vec<T, V> batch[kBatch];
 #pragma unroll
     for (int b = 0; b < kBatch; b++) {
@@ -175,8 +175,8 @@ __device__ void for_each_vector(const Place& at, const View<const T>& map, const
   constexpr int kBatch = V > 1 ? 2 : 4;
   const int64_t step = at.step * map.vector, other_step = at.step * other.vector;
   const T *p = at.in(map), *q = at.in(other);
-  for (int64_t k = 0; k < at.count; k += kBatch, p += kBatch * step, q += kBatch * other_step) {
-    const auto left = static_cast<int>(min(at.count - k, int64_t{kBatch}));
+  for (int k = 0; k < at.count; k += kBatch, p += kBatch * step, q += kBatch * other_step) {
+    const auto left = min(at.count - k, kBatch);
     Vec<T, V> batch[kBatch], other_batch[kBatch];
 #pragma unroll
     for (int b = 0; b < kBatch; b++) {

@@ -22,18 +22,12 @@
 #define __align__(n) alignas(n)
 #define __shared__ static thread_local  // gathers the arrays in one segment, which the runtime poisons for each block
 
-#define CUDA_CPU_VECTORS(T, name)                                                 \
-  struct alignas(2 * sizeof(T)) name##2 {                                         \
-    T x, y;                                                                       \
-  };                                                                              \
-  struct name##3 {                                                                \
-    T x, y, z;                                                                    \
-  };                                                                              \
-  struct alignas(4 * sizeof(T) < 16 ? 4 * sizeof(T) : 16) name##4 {               \
-    T x, y, z, w;                                                                 \
-  };                                                                              \
-  inline name##2 make_##name##2(T x, T y) { return {x, y}; }                      \
-  inline name##3 make_##name##3(T x, T y, T z) { return {x, y, z}; }              \
+#define CUDA_CPU_VECTORS(T, name)                                                    \
+  struct alignas(2 * sizeof(T)) name##2 { T x, y; };                                 \
+  struct name##3 { T x, y, z; };                                                     \
+  struct alignas(4 * sizeof(T) < 16 ? 4 * sizeof(T) : 16) name##4 { T x, y, z, w; }; \
+  inline name##2 make_##name##2(T x, T y) { return {x, y}; }                         \
+  inline name##3 make_##name##3(T x, T y, T z) { return {x, y, z}; }                 \
   inline name##4 make_##name##4(T x, T y, T z, T w) { return {x, y, z, w}; }
 CUDA_CPU_VECTORS(unsigned char, uchar)
 CUDA_CPU_VECTORS(short, short)
@@ -171,8 +165,7 @@ T __shfl_xor_sync(unsigned mask, T value, int bits, int width = 32,
   return cuda_cpu::shuffle(mask, value, source < (lane & -width) + width ? source : lane, where);
 }
 
-inline unsigned __ballot_sync(unsigned mask, int predicate,
-                              const cuda_cpu::Where& where = cuda_cpu::Where::current()) {
+inline unsigned __ballot_sync(unsigned mask, int predicate, const cuda_cpu::Where& where = cuda_cpu::Where::current()) {
   return unsigned(cuda_cpu::warp_operation(cuda_cpu::WarpOperation::ballot, mask, predicate != 0, 0, where));
 }
 inline int __any_sync(unsigned mask, int predicate, const cuda_cpu::Where& where = cuda_cpu::Where::current()) {
@@ -195,14 +188,35 @@ __forceinline__ T atomicCAS(T* p, std::type_identity_t<T> expected, std::type_id
   return expected;
 }
 
-template <class T> __forceinline__ T __ldg(const T* p) { return *p; }
-template <class T> __forceinline__ T __ldcg(const T* p) { return *p; }
-template <class T> __forceinline__ T __ldcs(const T* p) { return *p; }
-template <class T> __forceinline__ void __stcg(T* p, std::type_identity_t<T> value) { *p = value; }
-template <class T> __forceinline__ void __stcs(T* p, std::type_identity_t<T> value) { *p = value; }
+template <class T>
+__forceinline__ T __ldg(const T* p) {
+  return *p;
+}
+template <class T>
+__forceinline__ T __ldcg(const T* p) {
+  return *p;
+}
+template <class T>
+__forceinline__ T __ldcs(const T* p) {
+  return *p;
+}
+template <class T>
+__forceinline__ void __stcg(T* p, std::type_identity_t<T> value) {
+  *p = value;
+}
+template <class T>
+__forceinline__ void __stcs(T* p, std::type_identity_t<T> value) {
+  *p = value;
+}
 
-template <class T> constexpr T min(T a, T b) { return b < a ? b : a; }
-template <class T> constexpr T max(T a, T b) { return a < b ? b : a; }
+template <class T>
+constexpr T min(T a, T b) {
+  return b < a ? b : a;
+}
+template <class T>
+constexpr T max(T a, T b) {
+  return a < b ? b : a;
+}
 inline float __expf(float x) { return std::exp(x); }
 inline float __logf(float x) { return std::log(x); }
 inline float __fdividef(float a, float b) { return a / b; }

@@ -39,9 +39,10 @@ _TORCH = Path(torch.__file__).parent
 _COMMON = ["-std=c++20", "-fPIC", "-g", "-fvisibility=hidden", "-Wall", "-Wextra", "-Wno-unknown-pragmas"]
 _COMMON += [f"-I{HERE}", f"-I{ROOT / 'csrc'}", f"-isystem{_TORCH / 'include'}"]
 _ASAN = ["-O1", "-fno-omit-frame-pointer", "-fsanitize=address,undefined", "-fno-sanitize-recover=all"]
-# Only compiled with this flag: memory.cpp takes the place of ThreadSanitizer's runtime. The optimiser may keep values in
-# registers as nvcc does, but must not split or join the accesses of the source.
-_MEMORY = ["-O1", "-fsanitize=thread", "--param=tsan-instrument-func-entry-exit=0", "-fno-tree-sra", "-fno-store-merging"]
+# memory.cpp stands in for ThreadSanitizer's runtime. The optimiser may keep values in registers, as nvcc does, but not
+# split or join the accesses of the source.
+_MEMORY = ["-O1", "-fsanitize=thread", "--param=tsan-instrument-func-entry-exit=0"]
+_MEMORY += ["-fno-tree-sra", "-fno-store-merging"]
 _VARIANTS: dict[str, tuple[list[str], list[str], list[str], list[str]]] = {
     # flags of the kernels, flags of the runtime, its sources, flags of the link
     "plain": (["-O2"], ["-O2"], ["runtime.cpp"], []),
@@ -54,10 +55,6 @@ _VARIANTS: dict[str, tuple[list[str], list[str], list[str], list[str]]] = {
     ),
 }
 VARIANTS = tuple(_VARIANTS)
-
-
-def _compiler() -> str:
-    return os.environ.get("CXX", "g++")
 
 
 def _run(command: Sequence[str]) -> str:
@@ -78,7 +75,7 @@ def _compile(source: Path, flags: Sequence[str], folder: Path) -> Path:
     """The object of a source, compiled again only if the command or a file that it includes has changed."""
     name = f"{source.stem}-{hashlib.sha256(str(source).encode()).hexdigest()[:8]}"
     target, key = folder / f"{name}.o", folder / f"{name}.key"
-    command = [_compiler(), *_COMMON, *flags, "-x", "c++", "-c", str(source)]
+    command = ["g++", *_COMMON, *flags, "-x", "c++", "-c", str(source)]
 
     def files() -> list[Path]:
         words = target.with_suffix(".d").read_text().replace("\\\n", " ").split()
@@ -99,8 +96,8 @@ def build(variant: str = "plain", sources: Sequence[Path] = KERNELS, name: str =
     with open(folder / "lock", "w") as lock, ThreadPoolExecutor(os.cpu_count()) as pool:
         fcntl.flock(lock, fcntl.LOCK_EX)  # tests run in several processes
         jobs = [(s.resolve(), kernel_flags) for s in sources] + [(HERE / r, runtime_flags) for r in runtime]
-        objects = list(pool.map(lambda job: _compile(*job, folder), jobs))
-        command = [_compiler(), "-shared", "-Wl,-Bsymbolic", "-Wl,--no-undefined", *map(str, objects), *link_flags]
+        objects = list(pool.map(lambda job: _compile(job[0], job[1], folder), jobs))
+        command = ["g++", "-shared", "-Wl,-Bsymbolic", "-Wl,--no-undefined", *map(str, objects), *link_flags]
         if variant == "asan":
             command.remove("-Wl,--no-undefined")  # the sanitizers are preloaded
         target = folder / f"{name}-{_digest(command, objects)}.so"  # a loaded one is never written over
@@ -114,7 +111,7 @@ def build(variant: str = "plain", sources: Sequence[Path] = KERNELS, name: str =
 
 def sanitizers() -> dict[str, str]:
     """The environment of a process that loads the "asan" variant."""
-    libraries = [_run([_compiler(), f"-print-file-name=lib{n}.so"]).strip() for n in ("asan", "ubsan")]
+    libraries = [_run(["g++", f"-print-file-name=lib{n}.so"]).strip() for n in ("asan", "ubsan")]
     options = {"ASAN_OPTIONS": "detect_leaks=0:abort_on_error=0", "UBSAN_OPTIONS": "print_stacktrace=1"}
     return {**os.environ, **options, "LD_PRELOAD": ":".join(libraries)}
 
@@ -144,26 +141,32 @@ class Emulator:
 
     @contextlib.contextmanager
     def watch(self, *inputs: Tensor, outputs: Sequence[Tensor] = ()) -> Iterator[Traffic]:
-        """For the "memory" variant: inside, kernels may touch the inputs (exactly the elements of each view, and not
-        store to them), the outputs, and what torch allocates meanwhile. Raises AssertionError with the faults found."""
-        for tensors, writable in ((inputs, 0), (outputs, 1)):
-            for t in tensors:
-                mask = elements(t) if t.numel() else torch.empty(0)
-                pointers = (ctypes.c_void_p(p) for p in (t.data_ptr(), mask.data_ptr()))
-                self.library.cuda_cpu_allow(next(pointers), ctypes.c_size_t(len(mask)), next(pointers), writable)
-        self.library.cuda_cpu_watch(1)
+        """Raises AssertionError with the faults found inside.
+
+        In the "memory" variant kernels may touch the inputs (exactly the elements of each view, and not store to them),
+        the outputs, and what torch allocates meanwhile; and the bytes that they move are counted.
+        """
+        memory = self.variant == "memory"
         self.reports()
+        if memory:
+            for tensors, writable in ((inputs, 0), (outputs, 1)):
+                for t in tensors:
+                    mask = elements(t) if t.numel() else torch.empty(0)
+                    data, size = ctypes.c_void_p(t.data_ptr()), ctypes.c_size_t(len(mask))
+                    self.library.cuda_cpu_allow(data, size, ctypes.c_void_p(mask.data_ptr()), writable)
+            self.library.cuda_cpu_watch(1)
         traffic = Traffic()
         try:
             yield traffic
         finally:
-            counts = (ctypes.c_int64 * 4)()
-            self.library.cuda_cpu_traffic(counts)
-            traffic.loaded, traffic.stored, traffic.loaded_sectors, traffic.stored_sectors = counts
-            self.library.cuda_cpu_watch(0)
-        faults = self.reports()
-        assert not faults, faults
+            if memory:
+                counts = (ctypes.c_int64 * 4)()
+                self.library.cuda_cpu_traffic(counts)
+                traffic.loaded, traffic.stored, traffic.loaded_sectors, traffic.stored_sectors = counts
+                self.library.cuda_cpu_watch(0)
+            if faults := self.reports():
+                raise AssertionError(faults)  # a fault also fails the launch, and so the operation
 
 
 if __name__ == "__main__":
-    print(build(*sys.argv[1:2]))
+    print(build(sys.argv[1] if len(sys.argv) > 1 else "plain"))

@@ -151,11 +151,11 @@ __global__ void integer_overflow(const float* x, float* y, int n) {
 
 }  // namespace
 
-#define CALL(name, kernel, dynamic_bytes)                                                              \
-  extern "C" __attribute__((visibility("default"))) const char* name(const float* x, float* y, int n) { \
+#define CALL(name, kernel, dynamic_bytes)                                                                    \
+  extern "C" __attribute__((visibility("default"))) const char* name(const float* x, float* y, int n) {      \
     CB_LAUNCH(kernel, dim3((n + kThreads - 1) / kThreads), dim3(kThreads), dynamic_bytes, nullptr, x, y, n); \
-    const cudaError_t error = cudaGetLastError();                                                      \
-    return error == cudaSuccess ? nullptr : cudaGetErrorString(error);                                 \
+    const cudaError_t error = cudaGetLastError();                                                            \
+    return error == cudaSuccess ? nullptr : cudaGetErrorString(error);                                       \
   }
 
 CALL(clean_scale, scale, 0)

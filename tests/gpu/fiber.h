@@ -85,7 +85,9 @@ class Fiber {
  private:
   // AddressSanitizer wants to know which stack is in use.
 #if defined(__SANITIZE_ADDRESS__)
-  static void leave(void** fake, const void* stack, size_t bytes) { __sanitizer_start_switch_fiber(fake, stack, bytes); }
+  static void leave(void** fake, const void* stack, size_t bytes) {
+    __sanitizer_start_switch_fiber(fake, stack, bytes);
+  }
   static void arrive(void* fake) { __sanitizer_finish_switch_fiber(fake, nullptr, nullptr); }
   static void arrive_from_scheduler(void* fake) {
     __sanitizer_finish_switch_fiber(fake, &scheduler_.stack, &scheduler_.bytes);

@@ -49,9 +49,9 @@ struct Kind {
 };
 
 bool watching = false;
-std::map<uintptr_t, Memory> memories;           // by their first address
-std::unordered_map<uintptr_t, Cell> shared;     // by address / kCell
-Memory* last = nullptr;                         // where the last access went
+std::map<uintptr_t, Memory> memories;        // by their first address
+std::unordered_map<uintptr_t, Cell> shared;  // by address / kCell
+Memory* last = nullptr;                      // where the last access went
 std::set<std::tuple<const char*, void*, void*>> reported;
 struct {
   int64_t loaded = 0, stored = 0, loaded_sectors = 0, stored_sectors = 0;
@@ -75,9 +75,7 @@ void find_own_module() {
       nullptr);
 }
 
-Access current(void* code) {
-  return {now.block, now.block_epoch, now.warp_epoch[now.thread / 32], now.thread, code};
-}
+Access current(void* code) { return {now.block, now.block_epoch, now.warp_epoch[now.thread / 32], now.thread, code}; }
 
 // emulator.py turns @address into file and line.
 std::string place(const Access& a) {
@@ -156,36 +154,43 @@ std::string out_of_bounds(uintptr_t address) {
   return nearest(best, is_shared ? "dynamic shared memory of " : "a tensor of ");
 }
 
-void check(const void* pointer, size_t bytes, const Kind& kind, void* code) {
-  const auto address = reinterpret_cast<uintptr_t>(pointer), end = address + bytes;
-  if (!watching || now.thread < 0 || now.stack.holds(address)) return;
-  const Access access = current(code);
-  auto fault = [&](const char* what, const std::string& details) {
-    report_once(what, access, {},
-                std::string(what) + ": " + kind.name + " of " + std::to_string(bytes) + " bytes at " + place(access) +
-                    details);
+// Returns false if the access must not happen, after a report.
+bool is_allowed(uintptr_t address, size_t bytes, const Kind& kind, const Access& access) {
+  const uintptr_t end = address + bytes;
+  auto fault = [&](const char* what, const std::string& details = "") {
+    report_once(
+        what, access, {},
+        std::string(what) + ": " + kind.name + " of " + std::to_string(bytes) + " bytes at " + place(access) + details);
+    return false;
   };
-  if (kind.aligned && address % bytes) return fault("misaligned", "");
   auto inside = [&](const Range& r) { return r.holds(address) && end <= r.end; };
+  if (kind.aligned && address % bytes) return fault("misaligned");
   if (inside(now.static_shared) || inside(now.dynamic_shared)) {
     for (uintptr_t c = address / kCell; c <= (end - 1) / kCell; c++) check_race(shared[c], kind, access, true);
-    return;
+    return true;
   }
   Memory* memory = find(address);
   if (!memory || end > memory->range.end) {
-    auto constants = reinterpret_cast<uintptr_t>(&here);
-    const bool constant = inside(now.call) || inside({constants, constants + sizeof here}) || inside(own_module);
-    if (kind.store || !constant) fault("out of bounds", ", " + out_of_bounds(address));
-    return;
+    const auto position = reinterpret_cast<uintptr_t>(&here);
+    const bool constant = inside(now.call) || inside({position, position + sizeof here}) || inside(own_module);
+    return (constant && !kind.store) || fault("out of bounds", ", " + out_of_bounds(address));
   }
   const uintptr_t offset = address - memory->range.begin;
-  if (!memory->mask.empty() && !std::all_of(&memory->mask[offset], &memory->mask[offset] + bytes, [](auto m) { return m; }))
-    return fault("out of bounds", ", between the elements of a view");
-  if (kind.store && !memory->writable) return fault("store to an input", "");
+  auto belongs = [&](size_t byte) { return memory->mask.empty() || memory->mask[offset + byte]; };
+  for (size_t byte = 0; byte < bytes; byte++)
+    if (!belongs(byte)) return fault("out of bounds", ", between the elements of a view");
+  if (kind.store && !memory->writable) return fault("store to an input");
   if (memory->cells.empty()) memory->cells.resize((memory->range.end - 1) / kCell - memory->range.begin / kCell + 1);
   for (uintptr_t c = address / kCell; c <= (end - 1) / kCell; c++)
     check_race(memory->cells[c - memory->range.begin / kCell], kind, access, false);
   count(*memory, address, bytes, kind);
+  return true;
+}
+
+void check(const void* pointer, size_t bytes, const Kind& kind, void* code) {
+  const auto address = reinterpret_cast<uintptr_t>(pointer);
+  if (!watching || now.thread < 0 || now.stack.holds(address)) return;
+  if (!is_allowed(address, bytes, kind, current(code))) stop_launch();
 }
 
 }  // namespace
@@ -201,7 +206,11 @@ void allow(const void* begin, size_t bytes, const uint8_t* mask, bool writable) 
       continue;
     }
     Memory both{{std::min(m.range.begin, added.range.begin), std::max(m.range.end, added.range.end)},
-                m.writable || added.writable, {}, {}, {}, {}};
+                m.writable || added.writable,
+                {},
+                {},
+                {},
+                {}};
     both.mask.resize(both.range.end - both.range.begin);
     for (const Memory* part : {&m, &added})
       for (uintptr_t a = part->range.begin; a < part->range.end; a++)
@@ -251,10 +260,10 @@ EXPORT void cuda_cpu_traffic(int64_t counts[4]) {
 #define HOOK extern "C" void
 #define CHECK(bytes, ...) cuda_cpu::check(p, bytes, {__VA_ARGS__}, __builtin_return_address(0))
 
-#define HOOKS(bytes)                                                                          \
-  HOOK __tsan_read##bytes(void* p) { CHECK(bytes, "load", false, false, true); }              \
-  HOOK __tsan_write##bytes(void* p) { CHECK(bytes, "store", true, false, true); }             \
-  HOOK __tsan_unaligned_read##bytes(void* p) { CHECK(bytes, "load", false, false, false); }   \
+#define HOOKS(bytes)                                                                        \
+  HOOK __tsan_read##bytes(void* p) { CHECK(bytes, "load", false, false, true); }            \
+  HOOK __tsan_write##bytes(void* p) { CHECK(bytes, "store", true, false, true); }           \
+  HOOK __tsan_unaligned_read##bytes(void* p) { CHECK(bytes, "load", false, false, false); } \
   HOOK __tsan_unaligned_write##bytes(void* p) { CHECK(bytes, "store", true, false, false); }
 HOOKS(1)
 HOOKS(2)
@@ -266,22 +275,22 @@ HOOK __tsan_init() {}
 HOOK __tsan_read_range(void* p, size_t bytes) { CHECK(bytes, "load", false, false, false); }
 HOOK __tsan_write_range(void* p, size_t bytes) { CHECK(bytes, "store", true, false, false); }
 
-#define ATOMIC_HOOKS(bits, T)                                                               \
-  extern "C" T __tsan_atomic##bits##_fetch_add(volatile T* q, T value, int) {               \
-    void* p = const_cast<T*>(q);                                                            \
-    CHECK(bits / 8, "atomic", true, true, true);                                            \
-    return __atomic_fetch_add(q, value, __ATOMIC_RELAXED);                                  \
-  }                                                                                         \
-  extern "C" T __tsan_atomic##bits##_compare_exchange_val(volatile T* q, T old, T value, int, int) { \
-    void* p = const_cast<T*>(q);                                                            \
-    CHECK(bits / 8, "atomic", true, true, true);                                            \
-    __atomic_compare_exchange_n(q, &old, value, false, __ATOMIC_RELAXED, __ATOMIC_RELAXED); \
-    return old;                                                                             \
-  }                                                                                         \
+#define ATOMIC_HOOKS(bits, T)                                                                              \
+  extern "C" T __tsan_atomic##bits##_fetch_add(volatile T* q, T value, int) {                              \
+    void* p = const_cast<T*>(q);                                                                           \
+    CHECK(bits / 8, "atomic", true, true, true);                                                           \
+    return __atomic_fetch_add(q, value, __ATOMIC_RELAXED);                                                 \
+  }                                                                                                        \
+  extern "C" T __tsan_atomic##bits##_compare_exchange_val(volatile T* q, T old, T value, int, int) {       \
+    void* p = const_cast<T*>(q);                                                                           \
+    CHECK(bits / 8, "atomic", true, true, true);                                                           \
+    __atomic_compare_exchange_n(q, &old, value, false, __ATOMIC_RELAXED, __ATOMIC_RELAXED);                \
+    return old;                                                                                            \
+  }                                                                                                        \
   extern "C" int __tsan_atomic##bits##_compare_exchange_strong(volatile T* q, T* old, T value, int, int) { \
-    void* p = const_cast<T*>(q);                                                            \
-    CHECK(bits / 8, "atomic", true, true, true);                                            \
-    return __atomic_compare_exchange_n(q, old, value, false, __ATOMIC_RELAXED, __ATOMIC_RELAXED); \
+    void* p = const_cast<T*>(q);                                                                           \
+    CHECK(bits / 8, "atomic", true, true, true);                                                           \
+    return __atomic_compare_exchange_n(q, old, value, false, __ATOMIC_RELAXED, __ATOMIC_RELAXED);          \
   }
 ATOMIC_HOOKS(32, uint32_t)
 ATOMIC_HOOKS(64, uint64_t)

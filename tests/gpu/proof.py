@@ -62,9 +62,7 @@ each_traffic = pytest.mark.parametrize(
 )
 
 
-def prove_traffic(
-    info: OpInfo, size: Size, dtype: torch.dtype, layout: str, backward: bool, watch: Watch
-) -> None:
+def prove_traffic(info: OpInfo, size: Size, dtype: torch.dtype, layout: str, backward: bool, watch: Watch) -> None:
     """What a GPU has to keep on chip is not fetched again: bytes in whole sectors against ``least_bytes``."""
     sample = info.sample(size, info.bench[0], dtype=dtype, layout=layout)
     arguments = operands(info, sample)

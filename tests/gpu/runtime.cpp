@@ -41,6 +41,7 @@ struct Thread {
 std::vector<Thread> threads;  // of the running block
 const Launch* running = nullptr;
 char* dynamic = nullptr;
+bool stopped = false;
 int seed = 0;
 std::map<const void*, size_t> dynamic_limits;
 std::string reports;
@@ -115,14 +116,14 @@ bool complete_warp_operation(int warp, int count, bool& progress) {
       if (!(waiting >> l & 1)) continue;
       Thread &a = lanes[first], &b = lanes[l];
       if (b.mask != mask || b.operation != a.operation || !same_place(a.where, b.where)) {
-        report("divergent warp operation in block " + text(here.block) + ", warp " + std::to_string(warp) +
-               ": lane " + std::to_string(first) + " is at " + text(a.where) + ", lane " + std::to_string(l) + " at " +
+        report("divergent warp operation in block " + text(here.block) + ", warp " + std::to_string(warp) + ": lane " +
+               std::to_string(first) + " is at " + text(a.where) + ", lane " + std::to_string(l) + " at " +
                text(b.where) + ", with masks that name both");
         return false;
       }
       if (b.operation == WarpOperation::shuffle && !(waiting >> b.source & 1)) {
-        report("shuffle at " + text(b.where) + " in block " + text(here.block) + ": lane " +
-               std::to_string(l) + " reads lane " + std::to_string(b.source) + ", which takes no part in it");
+        report("shuffle at " + text(b.where) + " in block " + text(here.block) + ": lane " + std::to_string(l) +
+               " reads lane " + std::to_string(b.source) + ", which takes no part in it");
         return false;
       }
       ballot |= unsigned(b.value) << l;
@@ -192,6 +193,7 @@ bool run_block(const std::vector<int>& order) {
       here.thread = {i % size.x, i / size.x % size.y, i / (size.x * size.y)};
       threads[i].fiber.resume();
       now.thread = -1;
+      if (stopped) return false;
       progress = true;
       alive -= threads[i].state == State::done;
     }
@@ -207,8 +209,9 @@ bool is_valid(const Launch& l) {
   const auto threads = uint64_t(l.block.x) * l.block.y * l.block.z, blocks = uint64_t(l.grid.x) * l.grid.y * l.grid.z;
   if (!threads || threads > kMaxThreads || l.block.z > 64 || !blocks || l.grid.x > 0x7fffffff || l.grid.y > 65535 ||
       l.grid.z > 65535) {
-    fail(cudaErrorInvalidConfiguration, "invalid configuration: a grid of " + text(uint3{l.grid.x, l.grid.y, l.grid.z}) +
-                                            " blocks of " + text(uint3{l.block.x, l.block.y, l.block.z}) + " threads");
+    fail(cudaErrorInvalidConfiguration, "invalid configuration: a grid of " +
+                                            text(uint3{l.grid.x, l.grid.y, l.grid.z}) + " blocks of " +
+                                            text(uint3{l.block.x, l.block.y, l.block.z}) + " threads");
     return false;
   }
   auto limit = dynamic_limits.find(l.kernel);
@@ -248,6 +251,11 @@ void report(const std::string& fault) {
   if (last_error.code == cudaSuccess) fail(cudaErrorLaunchFailure, fault);
 }
 
+void stop_launch() {
+  stopped = true;
+  current().fiber.pause(true);
+}
+
 void run(const Launch& launch) {
   static std::mutex one_launch;
   std::lock_guard lock(one_launch);
@@ -264,6 +272,7 @@ void run(const Launch& launch) {
   now.dynamic_shared = {begin, begin + launch.dynamic_bytes};
   now.call = {call, call + launch.call_bytes};
   now.first_block = now.block + 1;
+  stopped = false;
   here.block_dim = launch.block;
   here.grid_dim = launch.grid;
   const auto order = permutation(int(threads.size()));

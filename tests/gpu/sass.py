@@ -36,11 +36,17 @@ def _width(modifiers: list[str]) -> int:
     return next((widths[m] for m in modifiers if m in widths), 4)
 
 
-def disassembler() -> str | None:
-    """cuobjdump: of the CUDA toolkit, or the one in triton's wheel."""
+def tool() -> str | None:
+    """cuobjdump: the one in triton's wheel, or that of the CUDA toolkit."""
     triton = importlib.util.find_spec("triton")
     bundled = [Path(p) / "backends/nvidia/bin/cuobjdump" for p in (triton and triton.submodule_search_locations) or []]
     return next((str(p) for p in bundled if p.exists()), None) or shutil.which("cuobjdump")
+
+
+def _dump(option: str, file: Path) -> str:
+    command = tool()
+    assert command is not None
+    return subprocess.run([command, option, str(file)], capture_output=True, text=True, check=True).stdout
 
 
 _LINE = re.compile(
@@ -50,13 +56,10 @@ _LINE = re.compile(
 
 
 def read(file: Path) -> list[Code]:
-    """The kernels in a cubin, an object or a shared object."""
-    tool = disassembler()
-    assert tool is not None
-    listing = subprocess.run([tool, "-sass", str(file)], capture_output=True, text=True, check=True).stdout
+    """The kernels in a cubin, an object or a shared object. Takes half a second, and more for many kernels."""
     kernels: list[Code] = []
     arch = 0
-    for match in _LINE.finditer(listing):
+    for match in _LINE.finditer(_dump("-sass", file)):
         if match["arch"]:
             arch = int(match["arch"])
         elif match["name"]:
@@ -64,3 +67,24 @@ def read(file: Path) -> list[Code]:
         else:
             kernels[-1].add(match["instruction"])
     return kernels
+
+
+def local_bytes(file: Path) -> dict[tuple[int, str], int]:
+    """By architecture and kernel: the bytes of local memory of a thread, where spilled registers lie. Quick.
+
+    The architecture of a cubin is not named and is 0 here.
+    """
+    found: dict[tuple[int, str], int] = {}
+    arch = 0
+    for match in _USAGE.finditer(_dump("-res-usage", file)):
+        if match["arch"]:
+            arch = int(match["arch"])
+        else:
+            found[arch, match["name"]] = int(match["stack"]) + int(match["local"])
+    return found
+
+
+_USAGE = re.compile(
+    r"arch = sm_(?P<arch>\d+)|"
+    r"Function (?P<name>\S+):\s+REG:\d+ STACK:(?P<stack>\d+) SHARED:\d+ LOCAL:(?P<local>\d+)"
+)

@@ -123,17 +123,23 @@ def test_gaps_between_the_elements_of_a_view_are_out_of_bounds(memory: Emulator)
 
 def test_freed_memory_is_out_of_bounds(memory: Emulator) -> None:
     y = torch.empty(128)
-    with pytest.raises(AssertionError, match="out of bounds: load"), memory.watch(outputs=[y]):
-        x = torch.empty(128)
-        address = x.data_ptr()
-        assert _call(memory, "clean_scale", x, y) is None
-        del x
-        memory.library["clean_scale"](ctypes.c_void_p(address), ctypes.c_void_p(y.data_ptr()), 128)
+
+    def use_after_free() -> None:
+        with memory.watch(outputs=[y]):
+            x = torch.empty(128)
+            address = x.data_ptr()
+            assert _call(memory, "clean_scale", x, y) is None
+            del x
+            memory.library["clean_scale"](ctypes.c_void_p(address), ctypes.c_void_p(y.data_ptr()), 128)
+
+    with pytest.raises(AssertionError, match="out of bounds: load"):
+        use_after_free()
 
 
 def test_allocations_start_as_nan(memory: Emulator) -> None:
     with memory.watch():
-        assert torch.empty(5).isnan().all() and torch.empty(5, dtype=torch.bfloat16).isnan().all()
+        assert torch.empty(5).isnan().all()
+        assert torch.empty(5, dtype=torch.bfloat16).isnan().all()
 
 
 DIVERGENCE = [name for name in FAULTS if "diver" in name or "barriers" in name or "mask" in name]
@@ -200,4 +206,5 @@ def test_sanitizers(preloaded: dict[str, str], name: str) -> None:
     result = subprocess.run([sys.executable, "-c", command], env=preloaded, cwd=ROOT, capture_output=True, text=True)
     expected = SANITIZED[name]
     assert (result.returncode != 0) == bool(expected), result.stderr
-    assert expected in result.stderr and (not expected or "faults.cu:" in result.stderr), result.stderr
+    assert expected in result.stderr, result.stderr
+    assert not expected or "faults.cu:" in result.stderr, result.stderr

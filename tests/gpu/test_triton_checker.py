@@ -138,7 +138,8 @@ def test_store_to_an_input() -> None:
 
 
 def test_two_programs_write_one_address() -> None:
-    assert "race: store at 1 addresses that another program stores" in _fault(lambda: overlap[(3,)](torch.zeros(99), 99))
+    fault = _fault(lambda: overlap[(3,)](torch.zeros(99), 99))
+    assert "race: store at 1 addresses that another program stores" in fault
 
 
 def test_one_program_reads_what_another_writes() -> None:
@@ -227,7 +228,8 @@ def test_bf16_reductions() -> None:
     x, y = torch.randn(256).bfloat16(), torch.empty(259, dtype=torch.bfloat16)
     reductions[(1,)](x, y)
     exact = x.double()
-    torch.testing.assert_close(y[:3].double(), torch.stack((exact.sum(), exact.max(), exact.sum())), rtol=4e-3, atol=1e-3)
+    expected = torch.stack((exact.sum(), exact.max(), exact.sum()))
+    torch.testing.assert_close(y[:3].double(), expected, rtol=4e-3, atol=1e-3)
     torch.testing.assert_close(y[3:].double(), exact.cumsum(0), rtol=4e-3, atol=1e-3)
 
 

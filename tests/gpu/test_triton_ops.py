@@ -26,9 +26,7 @@ def _triton() -> Iterator[None]:
 
 
 @each_case
-def test_faults_and_accuracy(
-    info: OpInfo, options: Options, dtype: torch.dtype, parameter_dtype: torch.dtype
-) -> None:
+def test_faults_and_accuracy(info: OpInfo, options: Options, dtype: torch.dtype, parameter_dtype: torch.dtype) -> None:
     start = info.options.index(options) + dtype.itemsize
     prove(info, options, dtype, parameter_dtype, triton_checker.watch, start)
 

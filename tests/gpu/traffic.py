@@ -29,9 +29,13 @@ class Traffic:
         return SECTOR * (self.loaded_sectors + self.stored_sectors)
 
 
+def extent(t: Tensor) -> int:
+    """From the first to the last element of a view, in elements."""
+    return 1 + sum((n - 1) * s for n, s in zip(t.shape, t.stride(), strict=True))
+
+
 def elements(t: Tensor) -> Tensor:
     """Of the bytes from the first to the last element of a view: which belong to its elements (gaps do not)."""
-    extent = 1 + sum((n - 1) * s for n, s in zip(t.shape, t.stride(), strict=True))
-    mask = torch.zeros(extent, dtype=torch.bool)
+    mask = torch.zeros(extent(t), dtype=torch.bool)
     mask.as_strided(t.shape, t.stride()).fill_(True)
     return mask.repeat_interleave(t.element_size())

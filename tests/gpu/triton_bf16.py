@@ -48,8 +48,7 @@ def _binary(original: Any) -> Any:
     def binary_op(self: Any, lhs: TensorHandle, rhs: TensorHandle, op: Any) -> TensorHandle:
         if not is_bf16(lhs):
             return original(self, lhs, rhs, op)
-        with np.errstate(all="ignore"):
-            result = op(widen(lhs.data), widen(rhs.data))
+        result = op(widen(lhs.data), widen(rhs.data))
         return TensorHandle(result, tl.int1) if op in _COMPARISONS else _narrow(result)
 
     return binary_op

@@ -26,7 +26,7 @@ from triton.runtime import interpreter
 from triton.runtime.interpreter import GridExecutor, InterpreterBuilder, TensorHandle
 
 from tests.gpu import triton_bf16
-from tests.gpu.traffic import SECTOR, Traffic, elements
+from tests.gpu.traffic import SECTOR, Traffic, elements, extent
 
 NOBODY, MANY = -1, -2
 
@@ -36,11 +36,13 @@ class Fault(AssertionError):
 
 
 class _Launch:
-    """What a launch may touch, and which program has touched it. One flat index runs over the granules of all tensors."""
+    """What a launch may touch, and which program has touched it: by granule, with one index over all tensors."""
 
     def __init__(self, tensors: Iterable[Tensor], inputs: Iterable[Tensor]) -> None:
-        read_only = {t.untyped_storage().data_ptr(): t for t in inputs}
-        views = [(read_only.get(t.untyped_storage().data_ptr(), t)) for t in tensors if t.numel()]
+        watched: dict[int, list[Tensor]] = {}
+        for t in inputs:
+            watched.setdefault(t.untyped_storage().data_ptr(), []).append(t)
+        views = [v for t in tensors for v in watched.get(t.untyped_storage().data_ptr(), [t]) if v.numel()]
         views = sorted({(v.data_ptr(), v.shape, v.stride(), v.dtype): v for v in views}.values(), key=Tensor.data_ptr)
         self.granule = min((v.element_size() for v in views), default=1)
         starts: list[int] = []
@@ -62,7 +64,7 @@ class _Launch:
             begin = self.first[i] + (v.data_ptr() - self.starts[i]) // self.granule
             mask = elements(v).numpy()[:: self.granule]
             self.legal[begin : begin + len(mask)] |= mask
-            if v.untyped_storage().data_ptr() in read_only:
+            if v.untyped_storage().data_ptr() in watched:
                 self.read_only[begin : begin + len(mask)] |= mask
         self.loaded_by, self.stored_by, self.updated_by = (np.full(count, NOBODY, np.int32) for _ in range(3))
 
@@ -138,7 +140,7 @@ def _check(pointer: TensorHandle, mask: TensorHandle | np.ndarray | None, what: 
         return
     lanes = True if mask is None else mask if isinstance(mask, np.ndarray) else mask.data
     addresses, active = np.broadcast_arrays(pointer.data, lanes)
-    addresses = addresses[active].astype(np.int64)
+    addresses = addresses[active.astype(bool)].astype(np.int64)  # a mask made of scalars may be of integers
     size = max(1, pointer.get_element_ty().primitive_bitwidth // 8)
     if not addresses.size:
         return
@@ -189,7 +191,9 @@ def install() -> None:
 
     def checked_load(self: Any, pointer: TensorHandle, mask: Any, other: Any, *rest: Any, **options: Any) -> Any:
         _check(pointer, mask, "load")
-        return load(self, pointer, mask, _undefined(pointer) if other is None else other, *rest, **options)
+        if other is None and pointer.data.size > 1:  # of a single lane triton drops `other` when it is zero
+            other = _undefined(pointer)
+        return load(self, pointer, mask, other, *rest, **options)
 
     def checked_store(self: Any, pointer: TensorHandle, value: Any, mask: Any, *rest: Any) -> Any:
         _check(pointer, mask, "store")
@@ -214,9 +218,12 @@ def install() -> None:
     def checked_launch(self: Any, *args: Any, **kwargs: Any) -> None:
         global _launch
         patched.clear()
-        _launch = _Launch(_views((*args, *kwargs.values())), _inputs)
+        views = list(_views((*args, *kwargs.values())))
+        if max(map(extent, views), default=0) < 2**28:  # a view spread over gigabytes has no room for the marks
+            _launch = _Launch(views, _inputs)
         try:
-            launch(self, *args, **kwargs)
+            with np.errstate(all="ignore"):  # 0 / 0 is NaN on a GPU, and no news
+                launch(self, *args, **kwargs)
         finally:
             _launch = None
 

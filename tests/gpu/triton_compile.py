@@ -5,8 +5,10 @@ from __future__ import annotations
 
 import contextlib
 import hashlib
+import re
 from collections.abc import Iterator
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 from unittest import mock
 
@@ -44,19 +46,30 @@ class _Driver:
 
 @dataclass
 class Launch:
+    """A launch that was compiled instead of run."""
+
     name: str
     arch: int
     tensors: list[Tensor]
+    ptx: str
     cubin: bytes
 
-    def code(self) -> sass.Code:
+    def widths(self) -> sass.Code:
+        """Its loads and stores in PTX, which become one machine instruction each."""
+        code = sass.Code(self.arch, self.name)
+        for kind, vector, bits in _ACCESS.findall(self.ptx):
+            (code.loads if kind == "ld" else code.stores)[int(vector or 1) * int(bits) // 8] += 1
+        return code
+
+    def file(self) -> Path:
         folder = BUILD / "cubin"
         folder.mkdir(parents=True, exist_ok=True)
         file = folder / f"{self.name}-{hashlib.sha256(self.cubin).hexdigest()[:16]}.cubin"
-        if not file.exists():
-            file.write_bytes(self.cubin)
-        (code,) = sass.read(file)
-        return code
+        file.write_bytes(self.cubin)
+        return file
+
+
+_ACCESS = re.compile(r"\b(ld|st)\.global[.:\w]*?(?:\.v(\d))?\.[bfsu](\d+)\b")
 
 
 @contextlib.contextmanager
@@ -65,10 +78,11 @@ def captured(arch: int) -> Iterator[list[Launch]]:
     all its configurations."""
     launches: list[Launch] = []
     run = JITFunction.run
+
     def compile_only(self: Any, *args: Any, grid: Any, warmup: bool, **kwargs: Any) -> Any:
         kernel = run(self, *args, grid=grid, warmup=True, **kwargs)
         tensors = [a for a in (*args, *kwargs.values()) if isinstance(a, Tensor)]
-        launches.append(Launch(kernel.metadata.name, arch, tensors, kernel.asm["cubin"]))
+        launches.append(Launch(kernel.metadata.name, arch, tensors, kernel.asm["ptx"], kernel.asm["cubin"]))
         return kernel
 
     def compile_all(self: Any, *args: Any, grid: Any, warmup: bool, **kwargs: Any) -> Any:

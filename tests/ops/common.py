@@ -15,10 +15,14 @@ import pytest
 import torch
 from torch import Tensor
 
-from convblocks.opinfo import LAYOUTS, OPS, OpInfo, Options, Sample
+from convblocks.opinfo import LAYOUTS, OPS, OpInfo, Sample
 from tests.conftest import EMULATED, INTERPRETED
 
 T = TypeVar("T")
+
+# Where each kernel takes a thousand times as long as on its own hardware.
+SLOW = INTERPRETED or EMULATED is not None
+once = pytest.mark.skipif(SLOW, reason="tested with the other backends; nothing differs here")
 
 each_op = pytest.mark.parametrize("info", OPS.values(), ids=OPS.keys())
 each_option = pytest.mark.parametrize(
@@ -40,12 +44,9 @@ def dtype_pairs(info: OpInfo) -> list[tuple[torch.dtype, torch.dtype]]:
     return pairs
 
 
-def affordable(cases: Sequence[T], backend: str, key: str, count: int) -> list[T]:
-    """All cases, or ``count`` random ones (fixed by ``key``) for a backend that runs in an interpreter or emulator."""
-    slow = (backend == "triton" and INTERPRETED) or (backend == "cuda" and EMULATED is not None)
-    if not slow or count >= len(cases):
-        return list(cases)
-    return random.Random(key).sample(list(cases), count)
+def affordable(cases: Sequence[T], count: int, key: str = "") -> list[T]:
+    """All cases, or ``count`` random ones (fixed by ``key``) where kernels are interpreted or emulated."""
+    return random.Random(key).sample(list(cases), count) if SLOW and count < len(cases) else list(cases)
 
 
 def places(info: OpInfo) -> list[tuple[tuple[int, int, int, int], str, str]]:
@@ -117,8 +118,11 @@ def torch_errors(info: OpInfo, sample: Sample, grad: Tensor, exact: Sequence[Ten
 
 
 def conditioning(info: OpInfo, sample: Sample, grad: Tensor, exact: Sequence[Tensor]) -> list[float]:
-    """How far the exact results move when each input moves by an ulp or so. A sum of many terms that nearly cancel, such
-    as the gradient of a bias, is uncertain by that much, however luckily torch hits it."""
+    """How far the exact results move when each input moves by an ulp or so.
+
+    A sum of many terms that nearly cancel, such as the gradient of a bias, is uncertain by that much, however luckily
+    torch hits it.
+    """
     generator = torch.Generator().manual_seed(0)
 
     def move(t: Tensor) -> Tensor:
@@ -145,13 +149,16 @@ def complaint(result: Tensor, allowed: float, exact: Tensor) -> str | None:
 
 
 def accuracy(info: OpInfo, sample: Sample, results: Sequence[Tensor], grad: Tensor) -> list[str]:
-    """What is wrong with ``results``, the output and gradients of the operation for this sample: NaN and Inf must be
-    where they are in the exact result, and the error at most twice that of torch, give or take the ulp of an input."""
+    """What is wrong with ``results``, the output and gradients of the operation for this sample.
+
+    NaN and Inf must be where they are in the exact result, and the error at most twice that of torch, give or take the
+    ulp of an input.
+    """
     exact = run(info.reference, in_double(sample), grad.double())
     allowed = [2 * e for e in torch_errors(info, sample, grad, exact)]
     if any(complaint(*r) for r in zip(results, allowed, exact, strict=True)):
         moves = conditioning(info, sample, grad, exact)
         allowed = [a + m for a, m in zip(allowed, moves, strict=True)]
     names = ["output", *(f"gradient {i}" for i in range(len(results) - 1))]
-    found = zip(names, results, allowed, exact, strict=True)
-    return [f"{name}: {words}" for name, *r in found if (words := complaint(*r)) is not None]
+    found = map(complaint, results, allowed, exact)
+    return [f"{name}: {words}" for name, words in zip(names, found, strict=True) if words is not None]

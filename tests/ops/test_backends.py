@@ -12,7 +12,7 @@ import torch
 import convblocks
 from convblocks import backends
 from convblocks.opinfo import OPS, OpInfo
-from tests.ops.common import each_op
+from tests.ops.common import each_op, once
 
 
 def python(code: str, **environment: str) -> subprocess.CompletedProcess[str]:
@@ -32,7 +32,8 @@ def test_an_unknown_name_is_refused_with_the_allowed_ones() -> None:
 
 
 def test_an_unknown_operation_is_refused_with_the_known_ones() -> None:
-    with pytest.raises(ValueError, match=f"^convblocks: expected an operation of {', '.join(backends.operators)}, got nothing$"):
+    names = ", ".join(backends.operators)
+    with pytest.raises(ValueError, match=f"^convblocks: expected an operation of {names}, got nothing$"):
         convblocks.why_not("nothing", "cpu")
 
 
@@ -73,6 +74,7 @@ def test_auto_runs_on_what_it_says(info: OpInfo) -> None:
     assert torch.equal(info.op(*sample.args, **sample.kwargs), named)
 
 
+@once
 def test_environment_chooses_for_the_process() -> None:
     code = "import convblocks; print(convblocks.backends.selected)"
     assert python(code, CONVBLOCKS_BACKEND="reference").stdout == "reference\n"
@@ -83,6 +85,7 @@ def test_environment_chooses_for_the_process() -> None:
     assert words in refused.stderr
 
 
+@once
 def test_without_the_compiled_part_everything_is_the_reference() -> None:
     code = """
 import torch, convblocks
@@ -105,12 +108,14 @@ except RuntimeError as e:
     assert done.stdout == f"{list(OPS)[-1]}: expected to run on backend cpu, got none: CONVBLOCKS_BUILD=0\n"
 
 
+@once
 def test_import_does_not_load_what_it_does_not_need() -> None:
     code = """
 import sys, torch
 before = set(sys.modules)
 import convblocks
-print(*sorted({m.split('.')[0] for m in set(sys.modules) - before} & {"triton", "timm", "torchvision", "rich", "numpy"}))
+new = {m.split('.')[0] for m in set(sys.modules) - before}
+print(*sorted(new & {"triton", "timm", "torchvision", "rich", "numpy", "hypothesis", "pytest"}))
 """
     done = python(code)
     assert done.stdout.strip() == "", done.stderr

@@ -18,9 +18,8 @@ def test_equals_timm(k: int, circular: bool, backend: str, device: str) -> None:
     expected = module(x)
     torch.testing.assert_close(y, expected)
     grad = torch.randn_like(x)
-    wanted = (x, module.conv.weight)
-    for got, want in zip(torch.autograd.grad(y, wanted, grad), torch.autograd.grad(expected, wanted, grad), strict=True):
-        torch.testing.assert_close(got, want, rtol=1e-4, atol=1e-5)
+    got, want = (torch.autograd.grad(t, (x, module.conv.weight), grad) for t in (y, expected))
+    torch.testing.assert_close(got, want, rtol=1e-4, atol=1e-5)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])

@@ -4,17 +4,28 @@ from __future__ import annotations
 
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import Phase, given, settings
 from hypothesis import strategies as st
 
 import convblocks
-from convblocks.opinfo import LAYOUTS, OpInfo
+from convblocks.opinfo import LAYOUTS, OpInfo, Sample
+from convblocks.ops.operator import memory_format
 from tests.conftest import BACKENDS, device_of, why_not
-from tests.ops.common import accuracy, affordable, dtype_pairs, each_op, random_like, run, with_grad
+from tests.ops.common import SLOW, accuracy, dtype_pairs, each_op, random_like, run, with_grad
 
 # Edges of vectors, of unrolled loops and of blocks lie near powers of two.
-SIDES = st.one_of(st.integers(0, 12), st.sampled_from((15, 16, 17, 31, 32, 33)))
-CHANNELS = st.one_of(st.integers(1, 20), st.sampled_from((31, 32, 33, 63, 64, 65, 100)))
+SIDES = st.one_of(st.integers(0, 12), st.sampled_from((15, 16, 17) if SLOW else (15, 16, 17, 31, 32, 33)))
+CHANNELS = st.one_of(st.integers(1, 20), st.sampled_from((15, 16, 17) if SLOW else (31, 32, 33, 63, 64, 65, 100)))
+
+
+def _refusal(info: OpInfo, sample: Sample, name: str) -> str | None:
+    """The error of a call, if it has one."""
+    try:
+        with convblocks.use_backend(name):
+            info.op(*sample.args, **sample.kwargs)
+    except ValueError as error:
+        return str(error).splitlines()[0]
+    return None
 
 
 @pytest.mark.parametrize("name", BACKENDS)
@@ -24,9 +35,8 @@ def test_any_call(info: OpInfo, name: str) -> None:
     if reason is not None:
         pytest.skip(f"{name} cannot run: {reason}")
     device = device_of(name)
-    examples = len(affordable(range(150), name, "", 10))
 
-    @settings(max_examples=examples)
+    @settings(max_examples=10 if SLOW else 150, phases=[Phase.generate] if SLOW else list(Phase))
     @given(
         size=st.tuples(st.integers(0, 3), CHANNELS, SIDES, SIDES),
         options=st.sampled_from(info.options),
@@ -41,24 +51,19 @@ def test_any_call(info: OpInfo, name: str) -> None:
             size, options, dtype=dtype, parameter_dtype=parameter_dtype, layout=layout, device=device, seed=seed
         )
         sample = with_grad(case)
-        try:
-            with convblocks.use_backend("reference"):
-                expected = info.op(*case.args, **case.kwargs)
-        except ValueError as error:  # such as a maximum of no pixels
-            with convblocks.use_backend(name), pytest.raises(ValueError) as caught:
-                info.op(*sample.args, **sample.kwargs)
-            assert str(caught.value).splitlines()[0] == str(error)
+        refusal = _refusal(info, case, "reference")
+        assert _refusal(info, case, name) == refusal  # such as a maximum of no pixels
+        if refusal is not None:
             return
         grad = random_like(sample.x, grad_layout, seed + 1)
         with convblocks.use_backend(name):
             results = run(info.op, sample, grad)
-        assert (results[0].dtype, results[0].shape, results[0].stride()) == (
-            (expected.dtype, expected.shape, expected.stride())
-        )
-        if sample.x.numel() == 0:
+        y = results[0]
+        assert (y.dtype, y.shape) == (dtype, size)
+        if y.numel() == 0:
             return  # torch's own float32 and float64 differ there in what is NaN and what is 0
+        assert y.stride() == torch.empty(size, memory_format=memory_format(sample.x), device="meta").stride()
         wrong = accuracy(info, sample, results, grad)
         assert not wrong, "\n".join(wrong)
 
     check()
-    assert torch.is_grad_enabled()

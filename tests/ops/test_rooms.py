@@ -8,6 +8,9 @@ import pytest
 
 from convblocks import backends, ops
 from convblocks.opinfo import OPS
+from tests.ops.common import once
+
+pytestmark = once
 
 ROOT = Path(__file__).parent.parent.parent
 ROOMS = (

@@ -5,8 +5,9 @@ from __future__ import annotations
 import pytest
 import torch
 
+from convblocks.opinfo import OPS
 from convblocks.ops import simam
-from tests.ops.common import random_like
+from tests.ops.common import accuracy, random_like, run, with_grad
 
 
 @pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last])
@@ -28,11 +29,12 @@ def test_a_flat_plane_is_scaled_by_sigmoid_of_a_half(backend: str, device: str) 
 
 def test_the_variance_survives_a_large_mean(backend: str, device: str) -> None:
     """sum(x * x) / n - mean * mean would lose it."""
-    x = torch.randn(2, 8, 9, 7, device=device) + 4000
-    d = (x.double() - x.double().mean((2, 3), keepdim=True)).square()
-    v = d.sum((2, 3), keepdim=True) / 62
-    y = x * torch.sigmoid(d / (4 * (v + 1e-4)) + 0.5)
-    torch.testing.assert_close(simam(x), y.float(), rtol=1e-4, atol=0)
+    info = OPS["simam"]
+    sample = info.sample((2, 8, 9, 7), device=device)
+    sample = with_grad(sample.map(lambda x: x + 4000))
+    grad = random_like(sample.x)
+    wrong = accuracy(info, sample, run(info.op, sample, grad), grad)
+    assert not wrong, "\n".join(wrong)
 
 
 def test_the_energy_does_not_depend_on_shift_or_scale_of_the_gate(backend: str, device: str) -> None:

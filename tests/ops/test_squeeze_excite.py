@@ -1,8 +1,9 @@
-"""What is special about squeeze-excite: it is timm's and torchvision's; maxima can tie. The shared tests do the rest."""
+"""What is special about squeeze-excite: it is timm's and torchvision's; maxima tie. The shared tests do the rest."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any
 
 import pytest
 import torch
@@ -14,15 +15,15 @@ from torchvision.ops import SqueezeExcitation
 from convblocks.ops import squeeze_excite
 
 
-def _layers(first: str, second: str, **options: object) -> Callable[[nn.Module, Tensor], Tensor]:
-    def call(m: nn.Module, x: Tensor) -> Tensor:
+def _layers(first: str, second: str, **options: Any) -> Callable[[Any, Tensor], Tensor]:
+    def call(m: Any, x: Tensor) -> Tensor:
         a, b = getattr(m, first), getattr(m, second)
-        return squeeze_excite(x, a.weight, a.bias, b.weight, b.bias, **options)  # type: ignore[arg-type]
+        return squeeze_excite(x, a.weight, a.bias, b.weight, b.bias, **options)
 
     return call
 
 
-MODULES: dict[str, tuple[Callable[[], nn.Module], Callable[[nn.Module, Tensor], Tensor]]] = {
+MODULES: dict[str, tuple[Callable[[], nn.Module], Callable[[Any, Tensor], Tensor]]] = {
     "timm SEModule": (lambda: SEModule(24), _layers("fc1", "fc2")),
     "timm SEModule, average and max": (
         lambda: SEModule(24, add_maxpool=True, bias=False),
@@ -52,12 +53,11 @@ def test_equals(name: str, backend: str, device: str) -> None:
     make, call = MODULES[name]
     module = make().to(device)
     x = torch.randn(2, 24, 9, 7, device=device, requires_grad=True)
-    wanted = (x, *module.parameters())
     y, expected = call(module, x), module(x)
     torch.testing.assert_close(y, expected)
     grad = torch.randn_like(x)
-    for got, want in zip(torch.autograd.grad(y, wanted, grad), torch.autograd.grad(expected, wanted, grad), strict=True):
-        torch.testing.assert_close(got, want, rtol=1e-4, atol=1e-5)
+    got, want = (torch.autograd.grad(t, (x, *module.parameters()), grad) for t in (y, expected))
+    torch.testing.assert_close(got, want, rtol=1e-4, atol=1e-5)
 
 
 @pytest.mark.parametrize("name", MODULES)
