@@ -18,7 +18,6 @@ def _clamp6(x):
 
 @triton.jit
 def activate(x, ACTIVATION: tl.constexpr):
-    tl.static_assert(ACTIVATION in ("relu", "relu6", "silu", "gelu", "gelu_tanh", "hardswish", "leaky_relu"))
     if ACTIVATION == "relu":
         return tl.where(x < 0, 0.0, x)
     elif ACTIVATION == "relu6":
@@ -32,6 +31,7 @@ def activate(x, ACTIVATION: tl.constexpr):
     elif ACTIVATION == "hardswish":
         return x * _clamp6(x + 3) / 6
     else:
+        tl.static_assert(ACTIVATION == "leaky_relu")
         return tl.where(x > 0, x, x * LEAKY_SLOPE)
 
 
@@ -58,10 +58,10 @@ def activate_slope(x, ACTIVATION: tl.constexpr):
 
 @triton.jit
 def apply_gate(x, GATE: tl.constexpr):
-    tl.static_assert(GATE == "sigmoid" or GATE == "hardsigmoid")
     if GATE == "sigmoid":
         return tl.sigmoid(x)
     else:
+        tl.static_assert(GATE == "hardsigmoid")
         return _clamp6(x + 3) / 6
 
 

@@ -24,10 +24,10 @@ void channel_sums(const Team& team, const Map& x, const Map& grad, int64_t sampl
   };
   const T *values = row<T>(x, sample, 0), *grads = kDot ? row<T>(grad, sample, 0) : values;
   if (x.pixel == 1) {
-    team.split(c, K * hw, [&](int64_t begin, int64_t end) {
+    team.split(c, K * hw, [=](int64_t begin, int64_t end) {
       for (int64_t i = begin; i < end; i++) {
         const T *v = values + i * x.channel, *g = kDot ? grads + i * grad.channel : v;
-        const auto sums = reduce_plane<T, K>(hw, [&](int64_t p, auto lanes) {
+        const auto sums = reduce_plane<T, K>(hw, [=](int64_t p, auto lanes) CONVBLOCKS_LOOP {
           return both(load(v + p, lanes), load(g + p, lanes));
         });
         for (int k = 0; k < K; k++) out[k * c + i] = sums[k];
@@ -35,7 +35,7 @@ void channel_sums(const Team& team, const Map& x, const Map& grad, int64_t sampl
     });
   } else {
     const int64_t stride = kDot ? grad.pixel : x.pixel;
-    reduce_rows<T, K>(team, hw, c, partial, out, [&](int64_t p, int64_t i, auto lanes) {
+    reduce_rows<T, K>(team, hw, c, partial, out, [=](int64_t p, int64_t i, auto lanes) CONVBLOCKS_LOOP {
       return both(load(values + p * x.pixel + i, lanes), load(grads + p * stride + i, lanes));
     });
   }
@@ -47,7 +47,7 @@ void channel_max(const Team& team, const Map& x, int64_t sample, int64_t c, int6
   using A = Acc<T>;
   constexpr A lowest = -std::numeric_limits<A>::infinity();
   if (x.pixel == 1) {
-    team.split(c, 2 * hw, [&](int64_t begin, int64_t end) {
+    team.split(c, 2 * hw, [=](int64_t begin, int64_t end) {
       for (int64_t i = begin; i < end; i++) {
         const T* plane = row<T>(x, sample, i);
         Vec<A> m = splat<Vec<A>>(lowest), count{};
@@ -61,9 +61,9 @@ void channel_max(const Team& team, const Map& x, int64_t sample, int64_t c, int6
       }
     });
   } else {
-    team.split((c + kLanes<T> - 1) / kLanes<T>, kLanes<T> * hw, [&](int64_t begin, int64_t end) {
+    team.split((c + kLanes<T> - 1) / kLanes<T>, kLanes<T> * hw, [=](int64_t begin, int64_t end) {
       const int64_t first = begin * kLanes<T>, last = std::min(c, end * kLanes<T>);
-      for_lanes<T>(last - first, [&](int64_t offset, auto lanes) {
+      for_lanes<T>(last - first, [=](int64_t offset, auto lanes) CONVBLOCKS_LOOP {
         const int64_t i = first + offset;
         Vec<A> m = splat<Vec<A>>(lowest), count{};
         for (int64_t p = 0; p < hw; p++) m = max_or_nan(m, load(row<T>(x, sample, i, p), lanes));
@@ -80,7 +80,7 @@ void channel_max(const Team& team, const Map& x, int64_t sample, int64_t c, int6
 // pooled = mean, or (mean + max) / 2; `pooled` holds the sums.
 template <class A>
 void finish_squeeze(A* pooled, const A* max, int64_t c, int64_t hw) {
-  for_lanes<A>(c, [&](int64_t i, auto lanes) {
+  for_lanes<A>(c, [=](int64_t i, auto lanes) CONVBLOCKS_LOOP {
     const Vec<A> mean = load(pooled + i, lanes) / A(hw);
     store(pooled + i, max ? A(0.5) * mean + A(0.5) * load(max + i, lanes) : mean, lanes);
   });
@@ -88,7 +88,7 @@ void finish_squeeze(A* pooled, const A* max, int64_t c, int64_t hw) {
 
 // How many samples are squeezed before the first of them is scaled: those that the cache holds. They share the loads of
 // the gate's weights.
-inline int64_t group_size(int64_t bytes) { return std::clamp<int64_t>((512 << 10) / std::max<int64_t>(bytes, 1), 1, 8); }
+inline int64_t group_size(int64_t bytes) { return std::clamp<int64_t>((1 << 20) / std::max<int64_t>(bytes, 1), 1, 8); }
 
 // gate(sample, count, pooled, gates, stride) computes the c gates of `count` samples, whose vectors lie `stride` apart.
 template <class T, class F>
@@ -98,28 +98,30 @@ void channel_gate(const Context& context, int64_t n, int64_t c, int64_t hw, cons
   const int64_t size = 4 * c + (x.pixel == 1 ? 0 : row_sums_size<1>(hw, c));
   A* workspace = static_cast<A*>(context.workspace(context, n * size * sizeof(A)));
   const bool far = exceeds_caches(context, n * c * hw * sizeof(T));
-  const auto squeeze = [&](int64_t sample, const Team& team) {
+  const auto squeeze = [=](int64_t sample, const Team& team) {
     A *pooled = workspace + sample * size, *max = pooled + 2 * c, *ties = max + c, *partial = ties + c;
     channel_sums<T, false>(team, x, x, sample, c, hw, partial, pooled);
     if (add_maxpool) channel_max<T>(team, x, sample, c, hw, max, ties);
     finish_squeeze(pooled, add_maxpool ? max : nullptr, c, hw);
   };
-  const auto scale = [&](int64_t sample, const Team& team) {
+  const auto scale = [=](int64_t sample, const Team& team) {
     const A* gates = workspace + sample * size + c;
     if (x.pixel == 1) {
-      team.split(c, hw, [&](int64_t begin, int64_t end) {
+      team.split(c, hw, [=](int64_t begin, int64_t end) {
         for (int64_t i = begin; i < end; i++) {
           const T* from = row<T>(x, sample, i);
-          write_row<T>(row<T>(y, sample, i), hw, far, [&](int64_t p, auto lanes) { return load(from + p, lanes) * gates[i]; });
+          const A gate = gates[i];
+          write_row<T>(row<T>(y, sample, i), hw, far,
+                       [=](int64_t p, auto lanes) CONVBLOCKS_LOOP { return load(from + p, lanes) * gate; });
         }
         finish_stores();
       });
     } else {
-      team.split(hw, c, [&](int64_t begin, int64_t end) {
+      team.split(hw, c, [=](int64_t begin, int64_t end) {
         for (int64_t p = begin; p < end; p++) {
           const T* from = row<T>(x, sample, 0, p);
           write_row<T>(row<T>(y, sample, 0, p), c, far,
-                       [&](int64_t i, auto lanes) { return load(from + i, lanes) * load(gates + i, lanes); });
+                       [=](int64_t i, auto lanes) CONVBLOCKS_LOOP { return load(from + i, lanes) * load(gates + i, lanes); });
         }
         finish_stores();
       });
@@ -142,39 +144,40 @@ void channel_gate_backward(const Context& context, int64_t n, int64_t c, int64_t
   const int64_t size = 6 * c + (x.pixel == 1 ? 0 : row_sums_size<2>(hw, c));
   A* workspace = static_cast<A*>(context.workspace(context, n * size * sizeof(A)));
   const bool far = exceeds_caches(context, n * c * hw * sizeof(T));
-  const auto squeeze = [&](int64_t sample, const Team& team) {
+  const auto squeeze = [=](int64_t sample, const Team& team) {
     A *pooled = workspace + sample * size, *max = pooled + 4 * c, *ties = max + c, *partial = ties + c;
     channel_sums<T, true>(team, x, grad, sample, c, hw, partial, pooled);
     if (add_maxpool) channel_max<T>(team, x, sample, c, hw, max, ties);
     finish_squeeze(pooled, add_maxpool ? max : nullptr, c, hw);
   };
-  const auto finish = [&](int64_t sample, const Team& team) {
+  const auto finish = [=](int64_t sample, const Team& team) {
     A *gates = workspace + sample * size + 2 * c, *grad_pooled = gates + c, *max = grad_pooled + c, *ties = max + c;
     // What every pixel gets of the squeeze's gradient, and what those with the maximum get besides (into ties).
     const A mean_part = (add_maxpool ? A(0.5) : A(1)) / A(hw);
-    for_lanes<A>(c, [&](int64_t i, auto lanes) {
+    for_lanes<A>(c, [=](int64_t i, auto lanes) CONVBLOCKS_LOOP {
       const Vec<A> d = load(grad_pooled + i, lanes);
       if (add_maxpool) store(ties + i, A(0.5) * d / load(ties + i, lanes), lanes);
       store(grad_pooled + i, d * mean_part, lanes);
     });
     const auto apply = [&]<bool kMax>(std::bool_constant<kMax>) {
       if (x.pixel == 1) {
-        team.split(c, 2 * hw, [&](int64_t begin, int64_t end) {
+        team.split(c, 2 * hw, [=](int64_t begin, int64_t end) {
           for (int64_t i = begin; i < end; i++) {
             const T *g = row<T>(grad, sample, i), *v = row<T>(x, sample, i);
-            write_row<T>(row<T>(grad_x, sample, i), hw, far, [&](int64_t p, auto lanes) {
-              Vec<A> d = load(g + p, lanes) * gates[i] + grad_pooled[i];
-              if constexpr (kMax) d += load(v + p, lanes) == max[i] ? splat<Vec<A>>(ties[i]) : Vec<A>{};
+            const A gate = gates[i], shift = grad_pooled[i], top = max[i], top_shift = ties[i];
+            write_row<T>(row<T>(grad_x, sample, i), hw, far, [=](int64_t p, auto lanes) CONVBLOCKS_LOOP {
+              Vec<A> d = load(g + p, lanes) * gate + shift;
+              if constexpr (kMax) d += load(v + p, lanes) == top ? splat<Vec<A>>(top_shift) : Vec<A>{};
               return d;
             });
           }
           finish_stores();
         });
       } else {
-        team.split(hw, 2 * c, [&](int64_t begin, int64_t end) {
+        team.split(hw, 2 * c, [=](int64_t begin, int64_t end) {
           for (int64_t p = begin; p < end; p++) {
             const T *g = row<T>(grad, sample, 0, p), *v = row<T>(x, sample, 0, p);
-            write_row<T>(row<T>(grad_x, sample, 0, p), c, far, [&](int64_t i, auto lanes) {
+            write_row<T>(row<T>(grad_x, sample, 0, p), c, far, [=](int64_t i, auto lanes) CONVBLOCKS_LOOP {
               Vec<A> d = load(g + i, lanes) * load(gates + i, lanes) + load(grad_pooled + i, lanes);
               if constexpr (kMax) d += load(v + i, lanes) == load(max + i, lanes) ? load(ties + i, lanes) : Vec<A>{};
               return d;

@@ -38,8 +38,9 @@ struct Filter {
     }
   }
   void forward(const A* padded, A* logits, A* gates) const {
-    for_lanes<A>(c, [&](int64_t i, auto lanes) {
-      Vec<A> sum = splat<Vec<A>>(bias ? *bias : A(0));
+    const A start = bias ? *bias : A(0), *taps = this->taps;
+    for_lanes<A>(c, [=, k = k, gate = gate](int64_t i, auto lanes) CONVBLOCKS_LOOP {
+      Vec<A> sum = splat<Vec<A>>(start);
       for (int64_t j = 0; j < k; j++) sum += taps[j] * load(padded + i + j, lanes);
       store(logits + i, sum, lanes);
       store(gates + i, apply_gate(sum, gate), lanes);
@@ -77,15 +78,15 @@ void backward(const Context& context, const EcaBackwardArgs& a) {
       *wide = grad_padded + filter.padded_size(), *dl = wide + margin, *taps = tap_grads(sample);
     filter.pad_to(padded, pooled);
     filter.forward(padded, dl, gates);
-    for_lanes<A>(c, [&](int64_t i, auto lanes) {
+    for_lanes<A>(c, [=](int64_t i, auto lanes) CONVBLOCKS_LOOP {
       const Vec<A> slope = gate_slope(load(dl + i, lanes), load(gates + i, lanes), filter.gate);
       store(dl + i, through(load(grad_gates + i, lanes), slope), lanes);
     });
     std::fill_n(wide, margin, A(0));
     std::fill_n(dl + c, margin, A(0));
     for (int64_t j = 0; j < k; j++) taps[j] = dot(dl, padded + j, c);
-    taps[k] = reduce_plane<A, 1>(c, [&](int64_t i, auto lanes) { return Vecs<A, 1>{load(dl + i, lanes)}; })[0];
-    for_lanes<A>(filter.padded_size(), [&](int64_t i, auto lanes) {
+    taps[k] = reduce_plane<A, 1>(c, [=](int64_t i, auto lanes) CONVBLOCKS_LOOP { return Vecs<A, 1>{load(dl + i, lanes)}; })[0];
+    for_lanes<A>(filter.padded_size(), [=](int64_t i, auto lanes) CONVBLOCKS_LOOP {
       Vec<A> sum{};
       for (int64_t j = 0; j < k; j++) sum += filter.taps[j] * load(wide + i + margin - j, lanes);
       store(grad_padded + i, sum, lanes);

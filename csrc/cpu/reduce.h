@@ -27,7 +27,7 @@ inline void store(T* p, Vec<Acc<T>> v, Full) {
 
 // Calls f(i, lanes) over [0, n): a vector at a time, then once with the count that is left.
 template <class T, class F>
-inline void for_lanes(int64_t n, F f) {
+CONVBLOCKS_LOOP inline void for_lanes(int64_t n, F f) {
   int64_t i = 0;
   for (; i + kLanes<T> <= n; i += kLanes<T>) f(i, Full{});
   if (i < n) f(i, static_cast<int>(n - i));
@@ -35,9 +35,9 @@ inline void for_lanes(int64_t n, F f) {
 
 // Writes f(i, lanes) to the n elements at `to`. A row that will not be in a cache when it is read next goes past them.
 template <class T, class F>
-inline void write_row(T* to, int64_t n, bool past_caches, F f) {
+CONVBLOCKS_LOOP inline void write_row(T* to, int64_t n, bool past_caches, F f) {
   if (!past_caches) {
-    for_lanes<T>(n, [&](int64_t i, auto lanes) { store(to + i, f(i, lanes), lanes); });
+    for_lanes<T>(n, [=](int64_t i, auto lanes) CONVBLOCKS_LOOP { store(to + i, f(i, lanes), lanes); });
     return;
   }
   constexpr size_t size = kLanes<T> * sizeof(T);
@@ -56,14 +56,15 @@ inline bool exceeds_caches(const Context& context, int64_t bytes) {
 
 // NCHW: the K sums of f(i, lanes) -> Vecs<A, K> over the n pixels of a plane.
 template <class T, int K, class F>
-inline std::array<Acc<T>, K> reduce_plane(int64_t n, F f) {
+CONVBLOCKS_LOOP inline std::array<Acc<T>, K> reduce_plane(int64_t n, F f) {
   using A = Acc<T>;
   constexpr int kStep = 4, L = kLanes<T>;
   constexpr int64_t kBlock = 64 * kStep * L;
-  const auto block = [&](int64_t begin, int64_t end) {
+  const auto block = [=](int64_t begin, int64_t end) CONVBLOCKS_LOOP {
     std::array<Vecs<A, K>, kStep> acc{};
     int64_t i = begin;
     for (; i + kStep * L <= end; i += kStep * L) {
+#pragma GCC unroll 4
       for (int s = 0; s < kStep; s++) {
         const Vecs<A, K> v = f(i + s * L, Full{});
         for (int k = 0; k < K; k++) acc[s][k] += v[k];
@@ -102,19 +103,20 @@ inline int64_t row_sums_size(int64_t pixels, int64_t c) {
 }
 
 template <class T, int K, class F>
-inline void reduce_rows(const Team& team, int64_t pixels, int64_t c, Acc<T>* partial, Acc<T>* out, F f) {
+CONVBLOCKS_LOOP inline void reduce_rows(const Team& team, int64_t pixels, int64_t c, Acc<T>* partial, Acc<T>* out, F f) {
   using A = Acc<T>;
   constexpr int kStep = 4;
   const int64_t chunks = pixel_chunks(pixels);
-  team.split(chunks, kPixelChunk * c, [&](int64_t first, int64_t last) {
+  team.split(chunks, kPixelChunk * c, [=](int64_t first, int64_t last) {
     for (int64_t chunk = first; chunk < last; chunk++) {
       A* sums = partial + chunk * K * c;
       std::fill_n(sums, K * c, A(0));
       const int64_t end = std::min(pixels, (chunk + 1) * kPixelChunk);
       int64_t p = chunk * kPixelChunk;
-      const auto rows = [&]<int S>(std::integral_constant<int, S>) {
-        for_lanes<T>(c, [&](int64_t i, auto lanes) {
+      const auto rows = [=]<int S>(int64_t p, std::integral_constant<int, S>) CONVBLOCKS_LOOP {
+        for_lanes<T>(c, [=](int64_t i, auto lanes) CONVBLOCKS_LOOP {
           Vecs<A, K> acc = f(p, i, lanes);
+#pragma GCC unroll 4
           for (int s = 1; s < S; s++) {
             const Vecs<A, K> v = f(p + s, i, lanes);
             for (int k = 0; k < K; k++) acc[k] += v[k];
@@ -122,11 +124,11 @@ inline void reduce_rows(const Team& team, int64_t pixels, int64_t c, Acc<T>* par
           for (int k = 0; k < K; k++) store(sums + k * c + i, load(sums + k * c + i, lanes) + acc[k], lanes);
         });
       };
-      for (; p + kStep <= end; p += kStep) rows(std::integral_constant<int, kStep>{});
-      for (; p < end; p++) rows(std::integral_constant<int, 1>{});
+      for (; p + kStep <= end; p += kStep) rows(p, std::integral_constant<int, kStep>{});
+      for (; p < end; p++) rows(p, std::integral_constant<int, 1>{});
     }
   });
-  for_lanes<A>(K * c, [&](int64_t i, auto lanes) {
+  for_lanes<A>(K * c, [=](int64_t i, auto lanes) {
     Vec<A> total = load(partial + i, lanes);
     for (int64_t chunk = 1; chunk < chunks; chunk++) total += load(partial + chunk * K * c + i, lanes);
     store(out + i, total, lanes);

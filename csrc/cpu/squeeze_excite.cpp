@@ -31,13 +31,13 @@ struct Layers {
                int64_t stride) const {
     if (r) {
       linear(count, r, c, w1, b1, pooled, stride, hidden, r);
-      for_lanes<A>(count * r, [&](int64_t i, auto lanes) {
+      for_lanes<A>(count * r, [=, activation = activation](int64_t i, auto lanes) CONVBLOCKS_LOOP {
         store(active + i, activate(load(hidden + i, lanes), activation), lanes);
       });
     }
     linear(count, c, inner(), w2, b2, r ? active : pooled, r ? r : stride, logits, logit_stride);
     for (int64_t s = 0; s < count; s++) {
-      for_lanes<A>(c, [&](int64_t i, auto lanes) {
+      for_lanes<A>(c, [=, gate = gate](int64_t i, auto lanes) CONVBLOCKS_LOOP {
         store(gates + s * stride + i, apply_gate(load(logits + s * logit_stride + i, lanes), gate), lanes);
       });
     }
@@ -72,7 +72,7 @@ void backward(const Context& context, const SqueezeExciteBackwardArgs& a) {
         layers.forward(count, pooled, h, act, dl, c, gates, stride);
         for (int64_t s = 0; s < count; s++) {
           std::copy_n(pooled + s * stride, c, squeezed + (first + s) * c);
-          for_lanes<A>(c, [&](int64_t i, auto lanes) {
+          for_lanes<A>(c, [=](int64_t i, auto lanes) CONVBLOCKS_LOOP {
             A* logit = dl + s * c + i;
             const Vec<A> slope = gate_slope(load(logit, lanes), load(gates + s * stride + i, lanes), layers.gate);
             store(logit, through(load(grad_gates + s * stride + i, lanes), slope), lanes);

@@ -1,6 +1,7 @@
 // Who works on a sample: one thread, so that the sample stays in its cache between the passes, or all of them.
 #pragma once
 #include <algorithm>
+#include <memory>
 
 #include "../kernel.h"
 
@@ -16,6 +17,24 @@ void parallel_for(const Context& context, int64_t end, int64_t grain, F f) {
   context.parallel_for(
       end, grain, [](void* data, int64_t begin, int64_t stop) { (*static_cast<F*>(data))(begin, stop); }, &f);
 }
+
+// Uninitialised memory of the calling thread. A small one is kept for the thread's next call.
+template <class A>
+class Scratch {
+ public:
+  explicit Scratch(int64_t size) {
+    constexpr int64_t kept = (2 << 20) / sizeof(A);
+    static thread_local std::unique_ptr<A[]> lasting;
+    if (size > kept) own_ = std::make_unique_for_overwrite<A[]>(size);
+    else if (!lasting) lasting = std::make_unique_for_overwrite<A[]>(kept);
+    data_ = own_ ? own_.get() : lasting.get();
+  }
+  A* data() const { return data_; }
+
+ private:
+  std::unique_ptr<A[]> own_;
+  A* data_;
+};
 
 class Team {
  public:

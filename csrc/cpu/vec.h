@@ -12,6 +12,10 @@
 #include <immintrin.h>
 #endif
 
+// For functions that take the body of a loop, and for that body (a lambda that captures by value): not inlined, its
+// captures would be loaded again at each turn.
+#define CONVBLOCKS_LOOP __attribute__((always_inline))
+
 namespace convblocks::cpu {
 
 #if defined(__AVX512F__)
@@ -224,6 +228,17 @@ inline VecF exp(VecF v) {
 template <class V>
 inline V sigmoid(V v) {
   return 1 / (1 + exp(-v));
+}
+
+// sigmoid for v >= 0 or NaN, where the denominator is at most 2 and its reciprocal cheaper than a division.
+inline VecD sigmoid_of_positive(VecD v) { return sigmoid(v); }
+inline VecF sigmoid_of_positive(VecF v) {
+#if defined(__AVX512F__)
+  const VecF denominator = 1 + exp(-v), guess = (VecF)_mm512_rcp14_ps((__m512)denominator);
+  return guess + guess * (1 - denominator * guess);
+#else
+  return sigmoid(v);
+#endif
 }
 
 }  // namespace convblocks::cpu

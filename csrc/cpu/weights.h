@@ -10,7 +10,7 @@ const A* widened(const Context& context, const void* data, Dtype dtype, int64_t 
   if (!data || dtype == Dtype::f32 || dtype == Dtype::f64) return static_cast<const A*>(data);
   A* copy = static_cast<A*>(context.workspace(context, count * sizeof(A)));
   const auto convert = [&]<class W>(const W* from) {
-    for_lanes<W>(count, [&](int64_t i, auto lanes) {
+    for_lanes<W>(count, [=](int64_t i, auto lanes) CONVBLOCKS_LOOP {
       if constexpr (std::is_same_v<A, float>) store(copy + i, load(from + i, lanes), lanes);
     });
   };
@@ -21,14 +21,15 @@ const A* widened(const Context& context, const void* data, Dtype dtype, int64_t 
 
 template <class A>
 A dot(const A* a, const A* b, int64_t n) {
-  return reduce_plane<A, 1>(n, [&](int64_t i, auto lanes) { return Vecs<A, 1>{load(a + i, lanes) * load(b + i, lanes)}; })[0];
+  return reduce_plane<A, 1>(n, [=](int64_t i, auto lanes) CONVBLOCKS_LOOP { return Vecs<A, 1>{load(a + i, lanes) * load(b + i, lanes)}; })[0];
 }
 
-// Calls f(first, std::integral_constant<int, G>) for groups of 4, then of 1: a weight loaded once serves the whole group.
+// Calls f(first, std::integral_constant<int, G>) for groups of 4, 2 and 1: a weight loaded once serves the whole group.
 template <class F>
 void by_groups(int64_t count, F f) {
   int64_t i = 0;
   for (; i + 4 <= count; i += 4) f(i, std::integral_constant<int, 4>{});
+  for (; i + 2 <= count; i += 2) f(i, std::integral_constant<int, 2>{});
   for (; i < count; i++) f(i, std::integral_constant<int, 1>{});
 }
 
@@ -38,7 +39,7 @@ void linear(int64_t count, int64_t rows, int64_t cols, const A* w, const A* b, c
             int64_t out_stride) {
   by_groups(count, [&]<int G>(int64_t first, std::integral_constant<int, G>) {
     for (int64_t i = 0; i < rows; i++) {
-      const auto sums = reduce_plane<A, G>(cols, [&](int64_t j, auto lanes) {
+      const auto sums = reduce_plane<A, G>(cols, [=](int64_t j, auto lanes) CONVBLOCKS_LOOP {
         const Vec<A> weight = load(w + i * cols + j, lanes);
         Vecs<A, G> v;
         for (int g = 0; g < G; g++) v[g] = weight * load(in + (first + g) * in_stride + j, lanes);
@@ -57,8 +58,10 @@ void sum_rows(int64_t rows, int64_t cols, const A* w, Left left, Put put) {
   for (; j + kStep * L <= cols; j += kStep * L) {
     Vec<A> acc[G][kStep]{};
     for (int64_t i = 0; i < rows; i++) {
+#pragma GCC unroll 4
       for (int s = 0; s < kStep; s++) {
         const Vec<A> weight = load(w + i * cols + j + s * L);
+#pragma GCC unroll 4
         for (int g = 0; g < G; g++) acc[g][s] += left(i, g) * weight;
       }
     }
@@ -66,7 +69,7 @@ void sum_rows(int64_t rows, int64_t cols, const A* w, Left left, Put put) {
       for (int s = 0; s < kStep; s++) put(g, j + s * L, Full{}, acc[g][s]);
     }
   }
-  for_lanes<A>(cols - j, [&](int64_t offset, auto lanes) {
+  for_lanes<A>(cols - j, [=](int64_t offset, auto lanes) CONVBLOCKS_LOOP {
     Vec<A> acc[G]{};
     for (int64_t i = 0; i < rows; i++) {
       const Vec<A> weight = load(w + i * cols + j + offset, lanes);

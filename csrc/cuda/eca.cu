@@ -54,7 +54,7 @@ __global__ void __launch_bounds__(kThreads, 2)
 
 template <class T>
 Linear<T> filter_of(const EcaWeights& w, int64_t channels, const Pooled<Acc<T>>& input) {
-  const int inputs = channels, taps = w.kernel;
+  const auto inputs = static_cast<int>(channels), taps = static_cast<int>(w.kernel);
   return {{w.weight, w.dtype}, {w.bias, w.dtype}, input, inputs, taps, 1, w.circular};
 }
 

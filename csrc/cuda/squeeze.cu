@@ -1,3 +1,5 @@
+// The two passes over a map. Pooling reads it once; applying the gates reads and writes it once, from the end to the
+// beginning.
 #include "squeeze.h"
 
 namespace convblocks::cuda {
@@ -59,7 +61,7 @@ __global__ void __launch_bounds__(kMaxThreads, 2)
     apply_kernel(View<const T> in, View<const T> x, View<T> out, Tiling tiling, Changes<T> source) {
   using A = Acc<T>;
   CB_DYN_SHARED(Change<A>, changes);
-  const unsigned block = gridDim.x - 1 - blockIdx.x;  // first what the pass before has read last: it is in the cache
+  const unsigned block = gridDim.x - 1 - blockIdx.x;  // what the pass before has read last is still in the cache
   const int tile_planes = tiling.width * P, planes = tiling.teams * tile_planes;
   const int thread = threadIdx.y * blockDim.x + threadIdx.x, lanes = source.lanes();
   const int at_a_time = tiling.threads * tiling.teams / lanes;

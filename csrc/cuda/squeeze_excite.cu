@@ -191,8 +191,7 @@ class SqueezeExcite {
     Changes<T> changes;
     // The blocks that apply the gates read a row of w2 for each plane: less than the plane, or else few planes in all.
     if (w_.reduced && (w_.reduced <= hw_ || n_ <= kSamples)) {
-      const int reduced = w_.reduced;
-      changes.linear = {second.weight, second.bias, input, reduced, reduced};
+      changes.linear = {second.weight, second.bias, input, static_cast<int>(w_.reduced), static_cast<int>(w_.reduced)};
       changes.gate = w_.gate;
     } else {
       product(second, input, Gated<T>{gates, nullptr, w_.gate, pooled});
