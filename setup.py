@@ -259,11 +259,12 @@ class Build(build_ext):
 
     def add_host(self, ninja: Ninja, torch: Torch, compiler: str, part: str) -> None:
         """_C, or the CPU kernels for one instruction set."""
-        flags = ["-O0", "-g"] if DEBUG else ["-O3", "-DNDEBUG"]
+        sanitize = os.environ.get("CONVBLOCKS_SANITIZE")
+        flags = ["-O0", "-g"] if DEBUG else ["-O1", "-g"] if sanitize else ["-O3", "-DNDEBUG"]
         flags += ["-std=c++20", "-fPIC", "-fvisibility=hidden", "-Wall", "-Wextra", f"-I{CSRC}", *torch.include_flags()]
         link = [*torch.link_flags(), *(["-Wl,-z,relro,-z,now"] if LINUX else [])]
-        if sanitize := os.environ.get("CONVBLOCKS_SANITIZE"):
-            flags += [f"-fsanitize={sanitize}", "-fno-omit-frame-pointer", "-g"]
+        if sanitize:
+            flags += [f"-fsanitize={sanitize}", "-fno-omit-frame-pointer"]
             link += [f"-fsanitize={sanitize}"]
         if part == "_C":
             ninja.part(part, CSRC.glob("*.cpp"), compiler, [*flags, *torch.compile_flags()], link)

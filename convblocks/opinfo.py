@@ -29,7 +29,9 @@ LAYOUTS: dict[str, Callable[[Tensor], Tensor]] = {
     "contiguous": lambda x: x.contiguous(),
     "channels_last": lambda x: x.contiguous(memory_format=torch.channels_last),
     "channel_slice": lambda x: torch.cat((x, x), 1)[:, : x.shape[1]],
-    "channels_last_slice": lambda x: torch.cat((x, x), 1).contiguous(memory_format=torch.channels_last)[:, : x.shape[1]],
+    "channels_last_slice": lambda x: torch.cat((x, x), 1).contiguous(memory_format=torch.channels_last)[
+        :, : x.shape[1]
+    ],
     "crop": lambda x: torch.nn.functional.pad(x, (1, 2, 2, 1))[:, :, 2 : x.shape[2] + 2, 1 : x.shape[3] + 1],
     "transposed": lambda x: x.transpose(2, 3).contiguous().transpose(2, 3),
     "expanded": lambda x: x[:1].expand(x.shape),  # the values of the first sample for all
@@ -144,7 +146,9 @@ def _bad_maps(op: str, x: Tensor) -> Iterator[tuple[Tensor, type[Exception], str
 # --- squeeze_excite ---------------------------------------------------------------------------------------------------
 
 
-def _squeeze_excite_parameters(size: Size, o: Options, random: Callable[..., Tensor]) -> tuple[tuple[Any, ...], Options]:
+def _squeeze_excite_parameters(
+    size: Size, o: Options, random: Callable[..., Tensor]
+) -> tuple[tuple[Any, ...], Options]:
     c = size[1]
     one_layer, bias, ones = o.get("one_layer", False), o.get("bias", True), (1, 1) if o.get("conv") else ()
     r = c if one_layer else max(1, c // o.get("reduction", 4))

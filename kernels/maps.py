@@ -17,7 +17,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-# Sizes and strides are not specialised by value: VEC says what matters, and networks with many sizes compile few kernels.
+# Sizes and strides are not specialised by value: VEC says what matters, and many sizes share few kernels.
 kernel = functools.partial(
     triton.jit,
     do_not_specialize=(

@@ -1,6 +1,7 @@
 """The two passes that the channel gates share: sums over the pixels of each plane, and the scaling of the planes.
 
-Where there are few planes each is summed in parts. The sums lie in one tensor (N, 4, SPLITS, C): of x, the maximum of x, of grad * x, and how many pixels have the maximum.
+Where there are few planes each is summed in parts. The sums lie in one tensor (N, 4, SPLITS, C): of x, the maximum of
+x, of grad * x, and how many pixels have the maximum.
 Whoever reads them adds up the parts, in order: no atomics, the same result on every run.
 """
 

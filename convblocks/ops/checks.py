@@ -1,4 +1,4 @@
-"""Input checks that several operations share. The compiled part says the same words (csrc/op.h); a test compares them."""
+"""Input checks that several operations share. The compiled part says the same words (csrc/op.h); tests compare."""
 
 from __future__ import annotations
 

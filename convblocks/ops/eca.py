@@ -65,7 +65,8 @@ def eca(
         A tensor like x, in its memory format.
 
     Raises:
-        ValueError: a wrong rank or size, an even k, an unknown gate or padding, fewer channels than circular padding needs.
+        ValueError: a wrong rank or size, an even k, an unknown gate or padding, too few channels for
+            circular padding.
         TypeError: a dtype other than the above.
         RuntimeError: the weight is on another device than x.
 

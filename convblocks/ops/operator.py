@@ -1,4 +1,4 @@
-"""Defines an operation: its name in the dispatcher, its checks, its torch reference and the choice of who computes it."""
+"""Defines an operation: its name in the dispatcher, its checks, its torch reference, and who computes it."""
 
 from __future__ import annotations
 

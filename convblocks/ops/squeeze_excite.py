@@ -43,7 +43,9 @@ def check(
     checks.one_of(op, "activation", activation, tuple(ACTIVATIONS))
     checks.one_of(op, "gate", gate, tuple(GATES))
     if add_maxpool and x.shape[2] * x.shape[3] == 0:
-        raise ValueError(f"{op}: expected at least one pixel to take the maximum of, got an input of size {list(x.shape)}")
+        raise ValueError(
+            f"{op}: expected at least one pixel to take the maximum of, got an input of size {list(x.shape)}"
+        )
 
 
 def reference(
