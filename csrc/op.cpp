@@ -127,7 +127,7 @@ Dtype dtype_of(const Tensor& t) {
 static int64_t pixel_stride(const Tensor& t) { return t.size(3) > 1 ? t.stride(3) : t.size(2) > 1 ? t.stride(2) : 1; }
 
 Map map_of(const Tensor& t) {
-  const bool channels_last = t.stride(1) == 1 && t.suggest_memory_format() == at::MemoryFormat::ChannelsLast;
+  const bool channels_last = (t.size(1) == 1 || t.stride(1) == 1) && t.suggest_memory_format() == at::MemoryFormat::ChannelsLast;
   return {t.data_ptr(), t.stride(0), t.stride(1), channels_last ? std::max<int64_t>(pixel_stride(t), 1) : 1};
 }
 

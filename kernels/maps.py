@@ -95,9 +95,8 @@ class Maps:
         x: Tensor = self.arguments[0]
         return torch.empty(size, dtype=self.accumulator, device=x.device)
 
-    def tile(self, elements: int, *, narrow: bool = True) -> Tile:
-        """Tiles of at most ``elements``, fewer where the map has too few of those to keep a GPU busy; without
-        ``narrow`` the pixels of a tile are not made fewer."""
+    def tile(self, elements: int) -> Tile:
+        """Tiles of at most ``elements``, fewer where the map has too few of those to keep a GPU busy."""
         c, p = power_of_2(self.c), power_of_2(self.hw)
         if self.channels_last:
             block_c = min(c, max(LINE // self.itemsize, elements // p))
@@ -108,22 +107,21 @@ class Maps:
         while block_c * block_p > 2048 and self.programs(block_c, block_p) < ENOUGH:
             if block_c > 1 and (block_p == 1 or not self.channels_last):
                 block_c //= 2
-            elif narrow:
-                block_p //= 2
             else:
-                break
+                block_p //= 2
         return self.tile_of(block_c, block_p)
 
     def programs(self, block_c: int, block_p: int) -> int:
         return self.n * triton.cdiv(self.c, block_c) * triton.cdiv(self.hw, block_p)
 
-    def tile_of(self, block_c: int, block_p: int) -> Tile:
+    def tile_of(self, block_c: int, block_p: int, a_thread: int = 16) -> Tile:
+        """With so many elements for each thread."""
         constants = {
             "VEC": self.vector,
             "CHANNELS_LAST": self.channels_last,
             "BLOCK_C": block_c,
             "BLOCK_P": block_p,
-            "num_warps": max(1, min(16, block_c * block_p // 512)),
+            "num_warps": max(1, min(16, block_c * block_p // (32 * a_thread))),
         }
         return Tile(triton.cdiv(self.c, block_c), triton.cdiv(self.hw, block_p), constants)
 

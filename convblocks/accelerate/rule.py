@@ -64,7 +64,7 @@ def _run_on(backend: str, operator: Operator) -> Run:
     """Runs an operation on one backend, whatever ``use_backend`` says; without it, for it holds for all threads."""
 
     def run(*args: Any) -> Tensor:
-        return operator._run_named(backend, args)
+        return operator.run_on(backend, args)
 
     def run_triton(*args: Any) -> Tensor:
         with backends.use_backend("triton"):  # its kernels have to take the place of others

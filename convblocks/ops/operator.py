@@ -37,11 +37,11 @@ class Operator:
 
     def __call__(self, *args: Any) -> Tensor:
         if backends.selected != "auto":
-            return self._run_named(backends.selected, args)
+            return self.run_on(backends.selected, args)
         y: Tensor = self.packet(*args)
         return y
 
-    def _run_named(self, backend: str, args: Sequence[Any]) -> Tensor:
+    def run_on(self, backend: str, args: Sequence[Any]) -> Tensor:
         if backend == "reference":
             return self.run_reference(*args)
         reason = backends.why_not(self.name, backend, args[0])

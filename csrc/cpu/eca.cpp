@@ -73,14 +73,14 @@ void backward(const Context& context, const EcaBackwardArgs& a) {
   const int64_t size = filter.padded_size() * 2 + c + 2 * margin + k + 1;
   A* workspace = static_cast<A*>(context.workspace(context, n * size * sizeof(A)));
   const auto tap_grads = [&](int64_t sample) { return workspace + sample * size + size - (k + 1); };
-  const auto gate_backward = [&](int64_t sample, const A* pooled, const A* grad_gates, A* gates, A* grad_pooled) {
+  const auto sample_backward = [&](int64_t sample, const A* pooled, const A* grad_gates, A* gates, A* grad_pooled) {
     A *padded = workspace + sample * size, *grad_padded = padded + filter.padded_size(),
       *wide = grad_padded + filter.padded_size(), *dl = wide + margin, *taps = tap_grads(sample);
     filter.pad_to(padded, pooled);
     filter.forward(padded, dl, gates);
     for_lanes<A>(c, [=](int64_t i, auto lanes) CONVBLOCKS_LOOP {
-      const Vec<A> slope = gate_slope(load(dl + i, lanes), load(gates + i, lanes), filter.gate);
-      store(dl + i, through(load(grad_gates + i, lanes), slope), lanes);
+      const Vec<A> grad = load(grad_gates + i, lanes);
+      store(dl + i, gate_backward(grad, load(dl + i, lanes), load(gates + i, lanes), filter.gate), lanes);
     });
     std::fill_n(wide, margin, A(0));
     std::fill_n(dl + c, margin, A(0));
@@ -104,7 +104,7 @@ void backward(const Context& context, const EcaBackwardArgs& a) {
                                A* grad_pooled, int64_t stride) {
                              for (int64_t s = 0; s < count; s++) {
                                const int64_t at = s * stride;
-                               gate_backward(first + s, pooled + at, grad_gates + at, gates + at, grad_pooled + at);
+                               sample_backward(first + s, pooled + at, grad_gates + at, gates + at, grad_pooled + at);
                              }
                            });
   for (int64_t j = 0; j <= k; j++) {

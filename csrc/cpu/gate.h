@@ -44,7 +44,7 @@ inline V activation_slope(V v, Activation activation) {
   const V zero{}, one = splat<V>(1);
   switch (activation) {
     case Activation::relu: return v <= 0 ? zero : one;
-    case Activation::relu6: return (v <= 0) | (v >= 6) ? zero : one;
+    case Activation::relu6: return (v > 0) & (v < 6) ? one : zero;
     case Activation::silu: {
       const V s = sigmoid(v);
       return s * (1 + v * (1 - s));
@@ -63,10 +63,18 @@ inline V activation_slope(V v, Activation activation) {
   return one;
 }
 
-// grad * slope, but 0 where the slope is: a gradient that is not finite ends there, as in torch.
+// Where a slope is 0 by definition and not by rounding, a gradient that is not finite ends, as in torch.
 template <class V>
-inline V through(V grad, V slope) {
+inline V select(V grad, V slope) {
   return slope == 0 ? V{} : grad * slope;
+}
+
+template <class V>
+inline V activation_backward(V grad, V v, Activation activation) {
+  const V slope = activation_slope(v, activation);
+  const bool pieces =
+      activation == Activation::relu || activation == Activation::relu6 || activation == Activation::hardswish;
+  return pieces ? select(grad, slope) : grad * slope;
 }
 
 template <class V>
@@ -74,10 +82,11 @@ inline V apply_gate(V v, Gate gate) {
   return gate == Gate::sigmoid ? sigmoid(v) : clamp(v + 3, 0, 6) / 6;
 }
 
+// `gated` is apply_gate(v, gate).
 template <class V>
-inline V gate_slope(V v, V gated, Gate gate) {
-  if (gate == Gate::sigmoid) return gated * (1 - gated);
-  return (v <= -3) | (v >= 3) ? V{} : splat<V>(Lane<V>(1) / 6);
+inline V gate_backward(V grad, V v, V gated, Gate gate) {
+  if (gate == Gate::sigmoid) return grad * (gated * (1 - gated));
+  return select(grad, (v > -3) & (v < 3) ? splat<V>(Lane<V>(1) / 6) : V{});
 }
 
 }  // namespace convblocks::cpu

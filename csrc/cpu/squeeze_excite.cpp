@@ -74,8 +74,8 @@ void backward(const Context& context, const SqueezeExciteBackwardArgs& a) {
           std::copy_n(pooled + s * stride, c, squeezed + (first + s) * c);
           for_lanes<A>(c, [=](int64_t i, auto lanes) CONVBLOCKS_LOOP {
             A* logit = dl + s * c + i;
-            const Vec<A> slope = gate_slope(load(logit, lanes), load(gates + s * stride + i, lanes), layers.gate);
-            store(logit, through(load(grad_gates + s * stride + i, lanes), slope), lanes);
+            const Vec<A> grad = load(grad_gates + s * stride + i, lanes), gated = load(gates + s * stride + i, lanes);
+            store(logit, gate_backward(grad, load(logit, lanes), gated, layers.gate), lanes);
           });
         }
         by_groups(count, [&]<int G>(int64_t begin, std::integral_constant<int, G>) {
@@ -86,7 +86,7 @@ void backward(const Context& context, const SqueezeExciteBackwardArgs& a) {
           if (!r) return sum_rows<G, A>(c, c, layers.w2, left, put_pooled);
           sum_rows<G, A>(c, r, layers.w2, left, [&](int g, int64_t j, auto lanes, Vec<A> sum) {
             const int64_t at = (begin + g) * r + j;
-            store(grad_h + at, through(sum, activation_slope(load(h + at, lanes), layers.activation)), lanes);
+            store(grad_h + at, activation_backward(sum, load(h + at, lanes), layers.activation), lanes);
           });
           sum_rows<G, A>(r, c, layers.w1, [&](int64_t i, int g) { return grad_h[(begin + g) * r + i]; }, put_pooled);
         });

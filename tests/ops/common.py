@@ -70,7 +70,8 @@ def with_grad(sample: Sample) -> Sample:
 
 
 def in_double(sample: Sample) -> Sample:
-    return sample.map(lambda t: t.detach().double().requires_grad_())
+    """The same call in float64 on the CPU; what torch makes of NaN is not the same on all devices."""
+    return sample.map(lambda t: t.detach().cpu().double().requires_grad_())
 
 
 def run(op: Callable[..., Tensor], sample: Sample, grad: Tensor | None = None) -> list[Tensor]:
@@ -106,8 +107,9 @@ def operator(info: OpInfo, backward: bool = False) -> Any:
 
 def worst(result: Tensor, exact: Tensor) -> float:
     """The largest error where both are finite."""
+    result = result.cpu().double()
     both = result.isfinite() & exact.isfinite()
-    return (result.double() - exact)[both].abs().max().item() if both.any() else 0.0
+    return (result - exact)[both].abs().max().item() if both.any() else 0.0
 
 
 def torch_errors(info: OpInfo, sample: Sample, grad: Tensor, exact: Sequence[Tensor]) -> list[float]:
@@ -128,7 +130,7 @@ def conditioning(info: OpInfo, sample: Sample, grad: Tensor, exact: Sequence[Ten
 
     def move(t: Tensor) -> Tensor:
         relative = torch.finfo(t.dtype).eps * (2 * torch.rand(t.shape, generator=generator, dtype=torch.float64) - 1)
-        return t.detach().double() * (1 + 2 * relative.to(t.device))
+        return t.detach().cpu().double() * (1 + 2 * relative)
 
     moved = [run(info.reference, with_grad(sample.map(move)), move(grad)) for _ in range(4)]
     return [max(worst(m[i], e) for m in moved) for i, e in enumerate(exact)]
@@ -136,6 +138,7 @@ def conditioning(info: OpInfo, sample: Sample, grad: Tensor, exact: Sequence[Ten
 
 def complaint(result: Tensor, allowed: float, exact: Tensor) -> str | None:
     """Why a result is not accurate, or None."""
+    result = result.cpu()
     expected = exact.to(result.dtype)  # Inf where the exact value is too large for the dtype
     special = ~expected.isfinite()
     if not torch.equal(expected[special].nan_to_num(0.125), result[special].nan_to_num(0.125)):
@@ -155,7 +158,7 @@ def accuracy(info: OpInfo, sample: Sample, results: Sequence[Tensor], grad: Tens
     NaN and Inf must be where they are in the exact result, and the error at most twice that of torch, give or take the
     ulp of an input.
     """
-    exact = run(info.reference, in_double(sample), grad.double())
+    exact = run(info.reference, in_double(sample), grad.cpu().double())
     allowed = [2 * e for e in torch_errors(info, sample, grad, exact)]
     if any(complaint(*r) for r in zip(results, allowed, exact, strict=True)):
         moves = conditioning(info, sample, grad, exact)
