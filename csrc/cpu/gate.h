@@ -44,7 +44,7 @@ inline V activation_slope(V v, Activation activation) {
   const V zero{}, one = splat<V>(1);
   switch (activation) {
     case Activation::relu: return v <= 0 ? zero : one;
-    case Activation::relu6: return (v > 0) & (v < 6) ? one : zero;
+    case Activation::relu6: return (v <= 0) | (v >= 6) ? zero : one;
     case Activation::silu: {
       const V s = sigmoid(v);
       return s * (1 + v * (1 - s));
