@@ -53,7 +53,7 @@ bench: build ## Time every operation against torch; e.g. make bench ARGS="--ops 
 
 gpu: export CONVBLOCKS_CUDA = 1
 gpu: build ## On a machine with a GPU: parity, memory checks, benchmark; one report under bench/results
-	@$(call install,pytest hypothesis)
+	@$(call install,pytest hypothesis timm)
 	@PYTHON=$(PYTHON) bash .ci/gpu
 
 lint: $(READY) ## ruff and mypy

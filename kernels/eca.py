@@ -15,7 +15,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from convblocks.kernels.gate import apply_gate, gate_slope
+from convblocks.kernels.gate import apply_gate, gate_backward
 from convblocks.kernels.maps import (
     Maps,
     backwards,
@@ -32,7 +32,7 @@ from convblocks.kernels.maps import (
 from convblocks.kernels.pool import DOT, pool, scale, squeezed, summed
 
 SAMPLE_ELEMENTS = 16384  # of a sample that fits the registers
-GATE_ELEMENTS = 1024  # gates x parts of their sums of one program
+GATE_ELEMENTS = 256  # channels x parts of their sums of one program, a warp
 ROWS = tl.constexpr(64)
 
 
@@ -50,9 +50,9 @@ def eca(x: Tensor, weight: Tensor, bias: Tensor | None, gate: str, padding: str)
             return y
         sums, splits = pool(maps, add_max=False)
         gates = maps.sums(maps.n, maps.c)
-        block = GATE_ELEMENTS // splits
-        _gate[(triton.cdiv(gates.numel(), block),)](
-            sums, *weights, gates, None, maps.n, maps.c, maps.hw, SPLITS=splits, BLOCK=block, **constants
+        block = min(power_of_2(maps.c), GATE_ELEMENTS // splits)
+        _gate[(maps.n * triton.cdiv(maps.c, block),)](
+            sums, *weights, gates, None, maps.n, maps.c, maps.hw, SPLITS=splits, BLOCK=block, num_warps=1, **constants
         )
         scale(maps, gates, y)
     return y
@@ -69,10 +69,10 @@ def eca_backward(
     gates = maps.sums(2, maps.n, maps.c)
     with torch.cuda.device_of(x):
         sums, splits = pool(maps, add_max=False)
-        block = GATE_ELEMENTS // splits
-        rows = maps.sums(triton.cdiv(maps.n * maps.c, block), taps + 1)
+        block = min(power_of_2(maps.c), GATE_ELEMENTS // splits)
+        rows = maps.sums(maps.n * triton.cdiv(maps.c, block), taps + 1)
         _gate[(len(rows),)](
-            sums, *weights, gates, rows, maps.n, maps.c, maps.hw, SPLITS=splits, BLOCK=block, **constants
+            sums, *weights, gates, rows, maps.n, maps.c, maps.hw, SPLITS=splits, BLOCK=block, num_warps=1, **constants
         )
         _grad_weight[(1,)](rows, grad_weight, grad_bias, len(rows), TAPS=taps, BLOCK=power_of_2(taps + 1))
         if grad_x.numel():
@@ -114,7 +114,7 @@ def _neighbour(c, offset, C, CIRCULAR: tl.constexpr):
 def _logit(
     sums, n, c, mask, weight, bias, C, HW, TAPS: tl.constexpr, CIRCULAR: tl.constexpr, SPLITS: tl.constexpr
 ):  # fmt: skip
-    """z of channels (c, 1) of samples n, from the sums of `pool`."""
+    """z of channels (c, 1), from the sums of `pool`."""
     z = tl.zeros(mask.shape, sums.dtype.element_ty)
     for tap in range(TAPS):
         channel = _neighbour(c, tap - TAPS // 2, C, CIRCULAR)
@@ -154,25 +154,25 @@ def _gate(
     sums, weight, bias, gates, rows, N, C, HW,
     TAPS: tl.constexpr, CIRCULAR: tl.constexpr, GATE: tl.constexpr, SPLITS: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
-    """One program: a block of the gates of all samples; for the backward also dz behind them, and in its row what they
+    """One program: a block of the gates of a sample; for the backward also dz behind them, and in its row what they
     add to the gradient of the weight and, behind that, of the bias."""
-    program = tl.program_id(0).to(tl.int64)
-    i = program * BLOCK + tl.arange(0, BLOCK)[:, None]
-    count = N.to(tl.int64) * C
-    mask = i < count
-    n = i // C
-    c = i % C
+    program = tl.program_id(0)
+    blocks = tl.cdiv(C, BLOCK)
+    n = (program // blocks).to(tl.int64)
+    c = program % blocks * BLOCK + tl.arange(0, BLOCK)[:, None]
+    mask = c < C
     z = _logit(sums, n, c, mask, weight, bias, C, HW, TAPS, CIRCULAR, SPLITS)
-    store(gates + i, apply_gate(z, GATE), mask)
+    store(gates + n * C + c, apply_gate(z, GATE), mask)
     if rows is not None:
-        dz = tl.where(mask, summed(sums, n, DOT, c, mask, C, SPLITS) * gate_slope(z, GATE), 0.0)
-        store(gates + count + i, dz, mask)
+        dz = tl.where(mask, gate_backward(summed(sums, n, DOT, c, mask, C, SPLITS), z, GATE), 0.0)
+        store(gates + (N + n) * C + c, dz, mask)
+        row = rows + program.to(tl.int64) * (TAPS + 1)
         for tap in range(TAPS):
             channel = _neighbour(c, tap - TAPS // 2, C, CIRCULAR)
             valid = mask & (channel >= 0) & (channel < C)
             mean = squeezed(sums, n, channel, valid, C, HW, SPLITS, False)
-            tl.store(rows + program * (TAPS + 1) + tap, tl.sum(dz * mean))
-        tl.store(rows + program * (TAPS + 1) + TAPS, tl.sum(dz))
+            tl.store(row + tap, tl.sum(tl.where(valid, dz * mean, 0.0)))
+        tl.store(row + TAPS, tl.sum(dz))
 
 
 @kernel

@@ -1,4 +1,4 @@
-"""The activations and gates of csrc/gate.h and their derivatives, with torch's values at the corners and for NaN."""
+"""The activations and gates of csrc/gate.h and their gradients, with torch's values at the corners and for NaN."""
 
 import triton
 import triton.language as tl
@@ -36,24 +36,24 @@ def activate(x, ACTIVATION: tl.constexpr):
 
 
 @triton.jit
-def activate_slope(x, ACTIVATION: tl.constexpr):
-    """The derivative of ``activate`` at x."""
+def activate_backward(grad, x, ACTIVATION: tl.constexpr):
+    """The gradient of x. Where the slope is 0 an infinite ``grad`` gives 0, as in torch."""
     if ACTIVATION == "relu":
-        return tl.where(x <= 0, tl.zeros_like(x), 1.0)
+        return tl.where(x <= 0, 0.0, grad)
     elif ACTIVATION == "relu6":
-        return tl.where((x <= 0) | (x >= 6), tl.zeros_like(x), 1.0)
+        return tl.where((x <= 0) | (x >= 6), 0.0, grad)
     elif ACTIVATION == "silu":
         s = tl.sigmoid(x)
-        return s * (1 + x * (1 - s))
+        return grad * (s * (1 + x * (1 - s)))
     elif ACTIVATION == "gelu":
-        return 0.5 * (1 + tl.erf(x * SQRT_HALF)) + x * NORMAL * tl.exp(-0.5 * x * x)
+        return grad * (0.5 * (1 + tl.erf(x * SQRT_HALF)) + x * NORMAL * tl.exp(-0.5 * x * x))
     elif ACTIVATION == "gelu_tanh":
         s = tl.sigmoid((x + x * x * x * GELU_CUBE) * GELU_TANH)
-        return s + x * s * (1 - s) * (1 + x * x * (3 * GELU_CUBE)) * GELU_TANH
+        return grad * (s + x * s * (1 - s) * (1 + x * x * (3 * GELU_CUBE)) * GELU_TANH)
     elif ACTIVATION == "hardswish":
-        return tl.where(x <= -3, 0.0, tl.where(x < 3, x / 3 + 0.5, 1.0))
+        return tl.where(x <= -3, 0.0, tl.where(x < 3, grad * (x / 3 + 0.5), grad))
     else:
-        return tl.where(x > 0, tl.full(x.shape, 1.0, x.dtype), LEAKY_SLOPE)
+        return tl.where(x > 0, grad, grad * LEAKY_SLOPE)
 
 
 @triton.jit
@@ -66,10 +66,10 @@ def apply_gate(x, GATE: tl.constexpr):
 
 
 @triton.jit
-def gate_slope(x, GATE: tl.constexpr):
-    """The derivative of ``apply_gate`` at x."""
+def gate_backward(grad, x, GATE: tl.constexpr):
+    """The gradient of x."""
     if GATE == "sigmoid":
         s = tl.sigmoid(x)
-        return s * (1 - s)
+        return grad * (s * (1 - s))
     else:
-        return tl.where((x > -3) & (x < 3), tl.full(x.shape, 1.0 / 6, x.dtype), 0.0)
+        return tl.where((x > -3) & (x < 3), grad / 6, 0.0)

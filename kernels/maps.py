@@ -95,7 +95,7 @@ class Maps:
         x: Tensor = self.arguments[0]
         return torch.empty(size, dtype=self.accumulator, device=x.device)
 
-    def tile(self, elements: int) -> Tile:
+    def tile(self, elements: int, a_thread: int = 16) -> Tile:
         """Tiles of at most ``elements``, fewer where the map has too few of those to keep a GPU busy."""
         c, p = power_of_2(self.c), power_of_2(self.hw)
         if self.channels_last:
@@ -109,13 +109,14 @@ class Maps:
                 block_c //= 2
             else:
                 block_p //= 2
-        return self.tile_of(block_c, block_p)
+        return self.tile_of(block_c, block_p, a_thread)
 
     def programs(self, block_c: int, block_p: int) -> int:
         return self.n * triton.cdiv(self.c, block_c) * triton.cdiv(self.hw, block_p)
 
     def tile_of(self, block_c: int, block_p: int, a_thread: int = 16) -> Tile:
-        """With so many elements for each thread."""
+        """With so many elements for each thread; fewer where each needs an address of its own."""
+        a_thread = a_thread if self.vector > 1 else 8
         constants = {
             "VEC": self.vector,
             "CHANNELS_LAST": self.channels_last,

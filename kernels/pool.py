@@ -26,20 +26,22 @@ from convblocks.kernels.maps import (
 )
 
 MAX_SPLITS = 16
+# Of a tile in a loop over tiles, 8 for each thread: LLVM in triton 3.8 crashes on some sums of 16 (sm_86 to sm_90).
+WALK_ELEMENTS = 2048
 SUM, MAX, DOT, TIES = tl.constexpr(0), tl.constexpr(1), tl.constexpr(2), tl.constexpr(3)
 
 
 def splits_of(maps: Maps, tile: Tile) -> int:
-    """Into how many parts, of two tiles at least, each plane is cut to keep a GPU busy."""
+    """Into how many parts, of four tiles at least, each plane is cut to keep a GPU busy."""
     splits = 1
-    while splits < MAX_SPLITS and 4 * splits <= tile.p_blocks and maps.n * tile.c_blocks * splits < ENOUGH:
+    while splits < MAX_SPLITS and 8 * splits <= tile.p_blocks and maps.n * tile.c_blocks * splits < ENOUGH:
         splits *= 2
     return splits
 
 
 def pool(maps: Maps, add_max: bool) -> tuple[Tensor, int]:
     """The sums over x, or over x and grad where the maps are those two, and the number of parts."""
-    tile = maps.tile(4096, narrow=False)
+    tile = maps.tile(WALK_ELEMENTS, a_thread=8)
     splits = splits_of(maps, tile)
     sums = maps.sums(maps.n, 4, splits, maps.c)
     _pool[(maps.n * tile.c_blocks * splits,)](

@@ -1,7 +1,7 @@
-"""SimAM: y = x * s with s = sigmoid(u + 1/2), u = d^2 / q, d = x - mean, q = 4 (var + lambda), over each plane.
+"""SimAM: y = x * s with s = sigmoid(u + 1/2), u = r d^2, d = x - mean, r = 1 / (4 (var + lambda)), over each plane.
 
 Backward, with t = grad * x * s * (1 - s) and n = HW - 1:
-grad_x = grad * s + 2 / q * (t * d - 4 / n * sum(t * u) * d - sum(t * d) / HW).
+grad_x = grad * s + 2 r (t * d - 4 / n * sum(t * u) * d - sum(t * d) / HW).
 
 A block of planes that fits the registers of one program is read once (`_tile`). Bigger planes are walked once for
 each
@@ -31,7 +31,7 @@ from convblocks.kernels.maps import (
     power_of_2,
     store,
 )
-from convblocks.kernels.pool import parts, slot, splits_of, summed
+from convblocks.kernels.pool import WALK_ELEMENTS, parts, slot, splits_of, summed
 
 FORWARD_ELEMENTS, BACKWARD_ELEMENTS = 16384, 8192  # of a tile that fits the registers
 CACHED_BYTES = 262144  # of the maps that one program walks
@@ -50,6 +50,7 @@ def _run(maps: Maps, e_lambda: float, elements: int, steps: list[str]) -> Tensor
     out = maps.output()
     if out.numel() == 0:
         return out
+    e_lambda = max(e_lambda, torch.finfo(maps.accumulator).tiny)  # or 1 / lambda is not finite
     narrow = min(power_of_2(maps.c), SECTOR // maps.itemsize) if maps.channels_last else 1
     plane = power_of_2(maps.hw)
     with torch.cuda.device_of(out):
@@ -61,11 +62,11 @@ def _run(maps: Maps, e_lambda: float, elements: int, steps: list[str]) -> Tensor
             _tile[(maps.n * tile.c_blocks,)](*maps.pair(), out, maps.c, maps.hw, LAMBDA=e_lambda, **tile.constants)
             return out
 
-        tile, splits, sums = maps.tile_of(narrow, 4096 // narrow), 1, None
+        tile, splits, sums = maps.tile_of(narrow, WALK_ELEMENTS // narrow, a_thread=8), 1, None
         if maps.n * tile.c_blocks >= ENOUGH // 4 and maps.read_bytes(narrow) <= CACHED_BYTES:
             steps = ["all"]
         else:
-            tile = maps.tile(4096)
+            tile = maps.tile(WALK_ELEMENTS, a_thread=8)
             splits = splits_of(maps, tile)
             sums = maps.sums(maps.n, 4, splits, maps.c)
         for step in steps:
@@ -85,17 +86,17 @@ def _run(maps: Maps, e_lambda: float, elements: int, steps: list[str]) -> Tensor
 
 
 @triton.jit
-def _backward_terms(x, g, d, q):
+def _backward_terms(x, g, d, r):
     """grad * s, t and u."""
-    u = d * d / q
+    u = d * d * r
     s = tl.sigmoid(u + 0.5)
     return g * s, g * x * s * (1 - s), u
 
 
 @triton.jit
-def _grad_x(gs, t, d, q, tu, td, HW):
-    pixels = HW.to(q.dtype)
-    return gs + 2 * t * d / q - 8 / (pixels - 1) * tu / q * d - 2 / pixels * td / q
+def _grad_x(gs, t, d, r, tu, td, HW):
+    pixels = HW.to(r.dtype)
+    return gs + t * d * (2 * r) - d * (8 / (pixels - 1) * tu * r) - 2 / pixels * td * r
 
 
 @kernel
@@ -112,13 +113,13 @@ def _tile(
     mean = tl.sum(value, 1, keep_dims=True) / pixels
     value = tl.where(mask, value, mean)
     d = value - mean
-    q = 4 * (tl.sum(d * d, 1, keep_dims=True) / (pixels - 1) + LAMBDA)
+    r = 1 / (4 * (tl.sum(d * d, 1, keep_dims=True) / (pixels - 1) + LAMBDA))
     if g is None:
-        result = value * tl.sigmoid(d * d / q + 0.5)
+        result = value * tl.sigmoid(d * d * r + 0.5)
     else:
         grad = load(g + offsets(n, c, p, g_batch, g_stride, VEC, CHANNELS_LAST), mask)
-        gs, t, u = _backward_terms(value, grad, d, q)
-        result = _grad_x(gs, t, d, q, tl.sum(t * u, 1, keep_dims=True), tl.sum(t * d, 1, keep_dims=True), HW)
+        gs, t, u = _backward_terms(value, grad, d, r)
+        result = _grad_x(gs, t, d, r, tl.sum(t * u, 1, keep_dims=True), tl.sum(t * d, 1, keep_dims=True), HW)
     store(out + dense_offsets(n, c, p, C, HW, VEC, CHANNELS_LAST), result, mask)
 
 
@@ -144,23 +145,23 @@ def _walk(
         store(sums + slot(n, MEAN, part, c, C, SPLITS), mean, c < C)
         store(sums + slot(n, SQUARES, part, c, C, SPLITS), squares, c < C)
     else:
-        q = 4 * (squares / (HW.to(squares.dtype) - 1) + LAMBDA)
-        tu = tl.zeros_like(q)
-        td = tl.zeros_like(q)
+        r = 1 / (4 * (squares / (HW.to(squares.dtype) - 1) + LAMBDA))
+        tu = tl.zeros_like(r)
+        td = tl.zeros_like(r)
         if g is not None:
             if STEP == "write":
                 tu = summed(sums, n, TU, c, c < C, C, SPLITS)
                 td = summed(sums, n, TD, c, c < C, C, SPLITS)
             else:
-                tu_tile = tl.zeros((BLOCK_C, BLOCK_P), q.dtype)
-                td_tile = tl.zeros((BLOCK_C, BLOCK_P), q.dtype)
+                tu_tile = tl.zeros((BLOCK_C, BLOCK_P), r.dtype)
+                td_tile = tl.zeros((BLOCK_C, BLOCK_P), r.dtype)
                 for p0 in range(first, last, BLOCK_P):
                     p = p0 + tl.arange(0, BLOCK_P)[None, :]
                     mask = inside(c, p, C, HW, VEC, CHANNELS_LAST)
                     value = load(x + offsets(n, c, p, x_batch, x_stride, VEC, CHANNELS_LAST), mask)
                     grad = load(g + offsets(n, c, p, g_batch, g_stride, VEC, CHANNELS_LAST), mask)
                     d = tl.where(mask, value - mean, 0.0)
-                    _, t, u = _backward_terms(value, grad, d, q)
+                    _, t, u = _backward_terms(value, grad, d, r)
                     tu_tile += t * u
                     td_tile += t * d
                 tu = tl.sum(tu_tile, 1, keep_dims=True)
@@ -175,11 +176,11 @@ def _walk(
                 value = load(x + offsets(n, c, p, x_batch, x_stride, VEC, CHANNELS_LAST), mask)
                 d = value - mean
                 if g is None:
-                    result = value * tl.sigmoid(d * d / q + 0.5)
+                    result = value * tl.sigmoid(d * d * r + 0.5)
                 else:
                     grad = load(g + offsets(n, c, p, g_batch, g_stride, VEC, CHANNELS_LAST), mask)
-                    gs, t, _ = _backward_terms(value, grad, d, q)
-                    result = _grad_x(gs, t, d, q, tu, td, HW)
+                    gs, t, _ = _backward_terms(value, grad, d, r)
+                    result = _grad_x(gs, t, d, r, tu, td, HW)
                 store(out + dense_offsets(n, c, p, C, HW, VEC, CHANNELS_LAST), result, mask)
 
 

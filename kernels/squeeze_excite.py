@@ -17,7 +17,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from convblocks.kernels.gate import activate, activate_slope, apply_gate, gate_slope
+from convblocks.kernels.gate import activate, activate_backward, apply_gate, gate_backward
 from convblocks.kernels.maps import (
     Maps,
     backwards,
@@ -279,7 +279,7 @@ def _layer(
         store(at, apply_gate(z, GATE), mask)
     if BACKWARD:
         q = tl.sum(parts(sums, n[:, :, None], DOT, m[:, None, :], mask[:, None, :], M, SPLITS), 1)
-        store(at + N.to(tl.int64) * M, q * gate_slope(z, GATE), mask)
+        store(at + N.to(tl.int64) * M, gate_backward(q, z, GATE), mask)
 
 
 @kernel
@@ -316,7 +316,7 @@ def _grad_inputs(
     at = n * K + k
     mask = (n < N) & (k < K)
     if hidden is not None:
-        gradient *= activate_slope(load(hidden + at, mask), ACTIVATION)
+        gradient = activate_backward(gradient, load(hidden + at, mask), ACTIVATION)
     store(out + at, gradient, mask)
 
 
