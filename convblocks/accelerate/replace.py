@@ -161,7 +161,8 @@ def accelerate(
 
     Example:
         >>> model = timm.create_model("seresnet50")
-        >>> print(convblocks.accelerate(model))
+        >>> len(convblocks.accelerate(model).replaced)
+        16
     """
     if not isinstance(model, nn.Module):
         raise TypeError(f"accelerate: expected a torch.nn.Module, got {type(model).__name__}")
@@ -211,6 +212,8 @@ def revert(model: nn.Module) -> None:
         RuntimeError: a replaced module was parametrized or sharded since.
 
     Example:
+        >>> model = timm.create_model("seresnet50")
+        >>> _ = convblocks.accelerate(model)
         >>> convblocks.revert(model)
     """
     if not isinstance(model, nn.Module):

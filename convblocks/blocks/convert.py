@@ -161,6 +161,7 @@ def convert_state_dict(sd: Mapping[str, Any], source: str | None = None, model: 
     Example:
         >>> sd = {"fc.0.weight": torch.randn(4, 64), "fc.2.weight": torch.randn(64, 4)}
         >>> convblocks.SqueezeExcite(64, 4, bias=False).load_state_dict(convblocks.convert_state_dict(sd))
+        <All keys matched successfully>
     """
     if not isinstance(sd, Mapping) or not all(isinstance(k, str) for k in sd):
         raise TypeError(f"convert_state_dict: expected a mapping from names to tensors, got {type(sd).__name__}")

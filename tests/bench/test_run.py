@@ -140,7 +140,11 @@ def test_interruption_keeps_what_is_done(tmp_path: Path) -> None:
     file = tmp_path / "run.json"
     args = [*SMALL, "--sizes", ";".join(f"1,8,6,{w}" for w in range(1, 200)), "--output", str(file)]
     process = subprocess.Popen(
-        [sys.executable, "-m", "bench", "run", *args], cwd=ROOT, stdout=subprocess.PIPE, text=True
+        [sys.executable, "-m", "bench", "run", *args],
+        cwd=ROOT,
+        stdout=subprocess.PIPE,
+        text=True,
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),  # a shell's background jobs ignore it
     )
     try:
         until = time.monotonic() + 60
