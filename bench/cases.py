@@ -73,6 +73,11 @@ class Case:
             requires_grad=self.mode != "fwd",
         )
 
+    def grad(self, seed: int) -> Tensor:
+        """The gradient that comes in."""
+        generator = torch.Generator().manual_seed(seed + 1)
+        return torch.randn(self.size, generator=generator, dtype=torch.float64).to(self.device, self.dtype)
+
 
 def plan(
     ops: Iterable[str],
@@ -99,10 +104,8 @@ def call(function: Callable[..., Tensor], sample: Sample, case: Case, seed: int)
     if case.mode == "fwd":
         return lambda: (forward(),)
     y = forward()
-    generator = torch.Generator().manual_seed(seed + 1)
-    dense = torch.randn(y.shape, generator=generator, dtype=torch.float64).to(case.dtype)
     # Laid out as this callee lays out its output, so that nobody pays for a conversion.
-    grad = torch.empty_strided(y.shape, y.stride(), dtype=y.dtype, device=y.device).copy_(dense)
+    grad = torch.empty_strided(y.shape, y.stride(), dtype=y.dtype, device=y.device).copy_(case.grad(seed))
     inputs = sample.tensors()
 
     def forward_and_backward() -> tuple[Tensor, ...]:
@@ -120,12 +123,12 @@ def peer(kind: str, reference: Callable[..., Tensor]) -> Callable[..., Tensor]:
     return compiled  # type: ignore[no-any-return]
 
 
-def convert(sample: Sample, layout: str, dtype: torch.dtype | None = None) -> Sample:
-    """The same values with the feature map in ``layout``, one of PEER_LAYOUTS, and all tensors in ``dtype``."""
+def convert(sample: Sample, layout: str) -> Sample:
+    """The same values with the feature map in ``layout``, one of PEER_LAYOUTS."""
     formats = {"contiguous": torch.contiguous_format, "channels_last": torch.channels_last}
 
     def leaf(t: Tensor) -> Tensor:
         memory_format = formats[layout] if t is sample.x else torch.preserve_format
-        return t.detach().to(dtype or t.dtype, copy=True, memory_format=memory_format).requires_grad_(t.requires_grad)
+        return t.detach().clone(memory_format=memory_format).requires_grad_(t.requires_grad)
 
     return sample.map(leaf)

@@ -40,6 +40,8 @@ def run(
                 shown.done(case, rows)
     except KeyboardInterrupt:
         status = INTERRUPTED
+        if output is not None and results.rows:
+            results.save(output)
         kept = f", kept in {output}" if output is not None and results.rows else ""
         print(f"\nstopped after {len(results.rows)} of {results.header['planned_rows']} rows{kept}")
     if not quiet:

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import itertools
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
 
 from convblocks import backends
+from convblocks.accuracy import Judge, run
 from convblocks.opinfo import OPS, OpInfo, Sample
 from convblocks.tables import Table
 
@@ -33,13 +34,10 @@ class Result:
 
 @dataclass
 class Case:
-    """A call, and for its output and each of its gradients: what float64 makes of it, and the error allowed."""
-
     words: str
     sample: Sample
     grad: Tensor
-    exact: list[Tensor]
-    allowed: list[float]
+    judge: Judge
 
 
 def cases(info: OpInfo, device: str) -> Iterator[Case]:
@@ -49,43 +47,8 @@ def cases(info: OpInfo, device: str) -> Iterator[Case]:
         sample = info.sample(size, options, dtype=dtype, layout=layout, device=device)
         generator = torch.Generator().manual_seed(1)
         grad = torch.randn(size, generator=generator, dtype=torch.float64).to(sample.x)
-        exact = run(info.reference, sample.map(Tensor.double), grad.double())
-        wide = dtype == torch.float64  # torch's error there is that of float32, scaled down
-        plain = (
-            run(info.reference, sample.map(Tensor.float), grad.float()) if wide else run(info.reference, sample, grad)
-        )
-        limits = [limit(p, e, dtype) for p, e in zip(plain, exact, strict=True)]
         words = f"{options} {str(dtype).removeprefix('torch.')} {layout} {'x'.join(map(str, size))}"
-        yield Case(words, sample, grad, exact, limits)
-
-
-def run(op: Callable[..., Tensor], sample: Sample, grad: Tensor) -> list[Tensor]:
-    sample = sample.map(lambda t: t.detach().requires_grad_())
-    y = op(*sample.args, **sample.kwargs)
-    return [y.detach(), *torch.autograd.grad(y, sample.tensors(), grad)]
-
-
-def error(got: Tensor, exact: Tensor) -> float:
-    """The largest absolute error; infinite where only one of the two is finite."""
-    got = got.double()
-    same = (got == exact) | (got.isnan() & exact.isnan())
-    difference = torch.where(same, 0.0, (got - exact).abs()).nan_to_num(nan=torch.inf)
-    return difference.max().item() if difference.numel() else 0.0
-
-
-def limit(plain: Tensor, exact: Tensor, dtype: torch.dtype) -> float:
-    """The error allowed in dtype: twice torch's own, and eight units in the last place of the largest value.
-
-    Those few units, because torch's error in a single number can be zero by luck.
-    """
-    finite = exact[exact.isfinite()].abs()
-    eps, plain_eps = torch.finfo(dtype).eps, torch.finfo(plain.dtype).eps
-    return 2 * error(plain, exact) * eps / plain_eps + 8 * eps * (finite.max().item() if finite.numel() else 0.0)
-
-
-def share(got: Tensor, exact: Tensor, allowed: float) -> float:
-    wrong = error(got, exact)
-    return wrong / allowed if allowed else (torch.inf if wrong else 0.0)
+        yield Case(words, sample, grad, Judge(info, sample, grad))
 
 
 def check(info: OpInfo, backend: str, device: str, cases: Sequence[Case]) -> Result:
@@ -94,15 +57,12 @@ def check(info: OpInfo, backend: str, device: str, cases: Sequence[Case]) -> Res
     with backends.use_backend(backend):
         for case in cases:
             try:
-                shares = list(map(share, run(info.op, case.sample, case.grad), case.exact, case.allowed))
+                verdicts = case.judge.verdicts(run(info.op, case.sample, case.grad))
             except RuntimeError as e:
                 result.mismatches.append(f"{case.words}: {str(e).splitlines()[0]}")
                 continue
-            result.worst = max(result.worst, *shares)
-            for i, value in enumerate(shares):
-                if not value <= 1:
-                    what = "output" if i == 0 else f"gradient of input {i - 1}"
-                    result.mismatches.append(f"{case.words}: {what}: {value:.3g} times the error allowed")
+            result.worst = max(result.worst, *(v.share for v in verdicts))
+            result.mismatches += [f"{case.words}: {v}" for v in verdicts if not v.right]
     result.seconds = time.perf_counter() - start
     return result
 

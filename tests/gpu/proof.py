@@ -9,9 +9,10 @@ import pytest
 import torch
 from torch import Tensor
 
+from convblocks.accuracy import run
 from convblocks.opinfo import LAYOUTS, OPS, OpInfo, Options, Size
 from tests.gpu.traffic import Traffic
-from tests.ops.common import accuracy, dtype_pairs, operands, operator, random_like, run, with_grad
+from tests.ops.common import accuracy, dtype_pairs, operands, operator, random_like, with_grad
 
 Watch = Callable[..., AbstractContextManager[Traffic]]
 

@@ -11,6 +11,7 @@ from torch import Tensor
 from torch.autograd import gradcheck, gradgradcheck
 from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selective_checkpoint_contexts
 
+from convblocks.accuracy import run
 from convblocks.opinfo import LAYOUTS, OpInfo, Options, Sample
 from tests.ops.common import (
     SLOW,
@@ -23,7 +24,6 @@ from tests.ops.common import (
     once,
     operator,
     random_like,
-    run,
     with_grad,
 )
 

@@ -11,6 +11,7 @@ from torch import Tensor
 from torch.library import opcheck
 
 from convblocks import backends
+from convblocks.accuracy import run
 from convblocks.opinfo import LAYOUTS, OpInfo, Options, Sample
 from convblocks.ops.operator import memory_format
 from tests.ops.common import (
@@ -24,7 +25,6 @@ from tests.ops.common import (
     operator,
     places,
     random_like,
-    run,
     with_grad,
 )
 
@@ -78,7 +78,7 @@ def test_memory_format(info: OpInfo, options: Options, layout: str, backend: str
     """The output and the gradient of the map are dense, in the memory format of the map."""
     for size in affordable(info.sizes, 1, f"{options}{layout}"):
         sample = with_grad(info.sample(size, options, layout=layout, device=device))
-        y, grad_x = run(info.op, sample)[:2]
+        y, grad_x = run(info.op, sample, torch.ones_like(sample.x))[:2]
         expected = torch.empty(size, device="meta", memory_format=memory_format(sample.x)).stride()
         assert y.stride() == expected
         assert y.untyped_storage().data_ptr() not in {t.untyped_storage().data_ptr() for t in sample.tensors()}
@@ -156,7 +156,9 @@ def test_many_python_threads(info: OpInfo, backend: str, device: str) -> None:
     if backend not in ("reference", "cpu"):
         pytest.skip("interpreter and emulator run one kernel at a time")
     samples = [with_grad(info.sample((2, 16, 28, 20), device=device, seed=seed)) for seed in range(8)]
-    expected = [run(info.op, s) for s in samples]
+    expected = [run(info.op, s, torch.ones_like(s.x)) for s in samples]
     with concurrent.futures.ThreadPoolExecutor(4) as pool:
-        for got, want in zip(pool.map(lambda s: run(info.op, s), samples * 4), expected * 4, strict=True):
+        for got, want in zip(
+            pool.map(lambda s: run(info.op, s, torch.ones_like(s.x)), samples * 4), expected * 4, strict=True
+        ):
             torch.testing.assert_close(got, want)

@@ -8,6 +8,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from convblocks.accuracy import run
 from convblocks.opinfo import OpInfo, Options, Sample
 from tests.ops.common import (
     SLOW,
@@ -19,7 +20,6 @@ from tests.ops.common import (
     each_option,
     places,
     random_like,
-    run,
     with_grad,
 )
 
@@ -119,12 +119,12 @@ def test_nothing_to_compute(
 ) -> None:
     sample = with_grad(info.sample(size, options, layout=layout, device=device))
     try:
-        expected = run(info.reference, sample)
+        expected = run(info.reference, sample, torch.ones_like(sample.x))
     except (RuntimeError, IndexError):  # torch has no maximum of no pixels: nor have we, and say so
         with pytest.raises(ValueError, match=f"^{info.name}: expected "):
             info.op(*sample.args, **sample.kwargs)
         return
-    for result, like in zip(run(info.op, sample), expected, strict=True):
+    for result, like in zip(run(info.op, sample, torch.ones_like(sample.x)), expected, strict=True):
         torch.testing.assert_close(result, like, equal_nan=True)
 
 

@@ -8,10 +8,11 @@ from hypothesis import Phase, given, settings
 from hypothesis import strategies as st
 
 import convblocks
+from convblocks.accuracy import run
 from convblocks.opinfo import LAYOUTS, OpInfo, Sample
 from convblocks.ops.operator import memory_format
 from tests.conftest import BACKENDS, device_of, why_not
-from tests.ops.common import SLOW, accuracy, dtype_pairs, each_op, random_like, run, with_grad
+from tests.ops.common import SLOW, accuracy, dtype_pairs, each_op, random_like, with_grad
 
 # Edges of vectors, of unrolled loops and of blocks lie near powers of two.
 SIDES = st.one_of(st.integers(0, 12), st.sampled_from((15, 16, 17) if SLOW else (15, 16, 17, 31, 32, 33)))

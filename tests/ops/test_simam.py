@@ -5,9 +5,10 @@ from __future__ import annotations
 import pytest
 import torch
 
+from convblocks.accuracy import run
 from convblocks.opinfo import OPS
 from convblocks.ops import simam
-from tests.ops.common import accuracy, random_like, run, with_grad
+from tests.ops.common import accuracy, random_like, with_grad
 
 
 @pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last])

@@ -14,8 +14,9 @@ from torch.func import functional_call, grad, jacfwd, jacrev, jvp, vjp, vmap
 from torch.fx.experimental.proxy_tensor import make_fx
 
 from convblocks import backends
+from convblocks.accuracy import run
 from convblocks.opinfo import OpInfo, Options, Sample
-from tests.ops.common import as_function, each_op, each_option, operands, operator, random_like, run, with_grad
+from tests.ops.common import as_function, each_op, each_option, operands, operator, random_like, with_grad
 
 Function = Callable[..., Tensor]
 

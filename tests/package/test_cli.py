@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -80,7 +81,7 @@ def test_check_finds_a_wrong_result(monkeypatch: pytest.MonkeyPatch, capsys: pyt
     wrong = dataclasses.replace(right, op=lambda *args, **kwargs: right.op(*args, **kwargs) * 1.01)
     monkeypatch.setattr(check, "OPS", {name: wrong})
     assert check.main() == 1
-    assert "times the error allowed" in capsys.readouterr().out
+    assert re.search(r"output: error \S+, allowed ", capsys.readouterr().out)
 
 
 def test_check_reports_an_operation_that_fails(
@@ -93,30 +94,6 @@ def test_check_reports_an_operation_that_fails(
     monkeypatch.setattr(check, "OPS", {name: dataclasses.replace(right, op=fail)})
     assert check.main() == 1
     assert "no kernel image is available" in capsys.readouterr().out
-
-
-@pytest.mark.parametrize(
-    ("got", "plain", "exact", "passes"),
-    [
-        (1.0, 1.0, 1.0, True),
-        (1.001, 1.0006, 1.0, True),  # less than twice torch's error
-        (1.001, 1.0004, 1.0, False),
-        (float("nan"), float("nan"), float("nan"), True),
-        (float("nan"), 1.0, 1.0, False),
-        (1.0, float("nan"), float("nan"), False),
-        (float("inf"), float("inf"), float("inf"), True),
-        (float("-inf"), float("inf"), float("inf"), False),
-    ],
-)
-def test_rule_of_accuracy(got: float, plain: float, exact: float, passes: bool) -> None:
-    truth = torch.tensor([exact], dtype=torch.float64)
-    allowed = check.limit(torch.tensor([plain]), truth, torch.float32)
-    assert (check.share(torch.tensor([got]), truth, allowed) <= 1) == passes
-
-
-def test_rule_of_accuracy_in_float64_is_that_of_float32_scaled_down() -> None:
-    plain, exact = torch.tensor([1.0 + 2**-20]), torch.tensor([1.0], dtype=torch.float64)
-    assert check.limit(plain, exact, torch.float64) == 2 * 2**-49 + 8 * 2**-52
 
 
 @pytest.mark.parametrize("arguments", [[], ["describe"], ["info", "--yaml"], ["check", "simam"]])
