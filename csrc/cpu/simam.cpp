@@ -13,6 +13,18 @@ T* plane_of(const Map& map, int64_t sample, int64_t channel) {
   return static_cast<T*>(map.data) + sample * map.batch + channel * map.channel;
 }
 
+// The gate, sigmoid(d^2 / q + 1/2), and 1 - gate; `rate` is log2(e) / q.
+constexpr double kLog2E = 1.4426950408889634;
+template <class V>
+struct GateOf {
+  V gate, rest;
+  GateOf(V d, auto rate) {
+    const V power = exp2_of_negative(-(d * d * rate) - Lane<V>(kLog2E / 2));
+    gate = reciprocal(1 + power);
+    rest = power * gate;
+  }
+};
+
 // --- NCHW -------------------------------------------------------------------------------------------------------------
 
 template <class T>
@@ -35,10 +47,10 @@ struct PlaneStats {
 template <class T>
 void forward_plane(const T* x, T* y, int64_t hw, double e_lambda, bool far) {
   const PlaneStats<T> s(x, hw, e_lambda);
-  const Acc<T> scale = 1 / s.q, mean = s.mean;
+  const Acc<T> rate = Acc<T>(kLog2E) / s.q, mean = s.mean;
   write_row<T>(y, hw, far, [=](int64_t i, auto lanes) CONVBLOCKS_LOOP {
-    const auto v = load(x + i, lanes), d = v - mean;
-    return v * sigmoid_of_positive(d * d * scale + Acc<T>(0.5));
+    const Vec<Acc<T>> v = load(x + i, lanes);
+    return v * GateOf(v - mean, rate).gate;
   });
 }
 
@@ -48,12 +60,12 @@ void backward_plane(const T* grad, const T* x, T* grad_x, int64_t hw, double e_l
   const Scratch<A> scratch(hw);
   A* kept = scratch.data();
   const PlaneStats<T> s(x, hw, e_lambda);
-  const A scale = 1 / s.q, mean = s.mean;
+  const A scale = 1 / s.q, rate = A(kLog2E) / s.q, mean = s.mean;
   const auto [s1, s2] = reduce_plane<T, 2>(hw, [=](int64_t i, auto lanes) CONVBLOCKS_LOOP {
     const Vec<A> g = load(grad + i, lanes), v = load(x + i, lanes, mean), d = v - mean;
-    const Vec<A> gate = sigmoid_of_positive(d * d * scale + A(0.5));
-    const Vec<A> h = g * v * gate * (1 - gate) * d;
-    store(kept + i, g * gate + h * (2 * scale), lanes);
+    const GateOf of(d, rate);
+    const Vec<A> gated = g * of.gate, h = gated * v * of.rest * d;
+    store(kept + i, gated + h * (2 * scale), lanes);
     return Vecs<A, 2>{h * d, h};
   });
   const A slope = s1 * 8 * scale * scale / A(hw - 1), shift = s2 * 2 * scale / A(hw);
@@ -61,6 +73,103 @@ void backward_plane(const T* grad, const T* x, T* grad_x, int64_t hw, double e_l
     const Vec<A> d = load(x + i, lanes) - mean;
     return load(kept + i, lanes) - d * slope - shift;
   });
+}
+
+// Planes of at most K vectors, P at a time: they stay in registers from the first read to the last, and what is computed
+// of one waits for nothing of another.
+template <class T, int K>
+struct SmallPlanes {
+  using A = Acc<T>;
+  static constexpr int P = K <= 4 ? 4 : 2, L = kLanes<T>;
+  using Planes = std::array<T*, P>;
+  int64_t hw;
+  Planes x;
+  std::array<A, P> mean, scale;  // scale = 1 / q
+  std::array<std::array<Vec<A>, K>, P> value;
+
+  template <class F>
+  CONVBLOCKS_LOOP void each(F f) const {
+#pragma GCC unroll 8
+    for (int k = 0; k < K; k++) {
+#pragma GCC unroll 4
+      for (int p = 0; p < P; p++) f(p, k);
+    }
+  }
+  CONVBLOCKS_LOOP Vec<A> get(const T* plane, int k, A fill) const {
+    const int64_t left = hw - k * L;
+    return left >= L ? load(plane + k * L) : load(plane + k * L, static_cast<int>(std::max<int64_t>(left, 0)), fill);
+  }
+  CONVBLOCKS_LOOP void put(T* plane, int k, Vec<A> v) const {
+    const int64_t left = hw - k * L;
+    if (left >= L) store(plane + k * L, v);
+    else if (left > 0) store(plane + k * L, v, static_cast<int>(left));
+  }
+  CONVBLOCKS_LOOP Vec<A> deviation(int p, int k) const { return value[p][k] - mean[p]; }
+
+  CONVBLOCKS_LOOP SmallPlanes(const Planes& planes, int64_t size, double e_lambda) : hw(size), x(planes) {
+    std::array<Vec<A>, P> sum{}, squares{};
+    each([&](int p, int k) CONVBLOCKS_LOOP { sum[p] += get(x[p], k, 0); });
+#pragma GCC unroll 4
+    for (int p = 0; p < P; p++) mean[p] = sum_lanes(sum[p]) / A(hw);
+    each([&](int p, int k) CONVBLOCKS_LOOP {
+      value[p][k] = get(x[p], k, mean[p]);
+      squares[p] += deviation(p, k) * deviation(p, k);
+    });
+#pragma GCC unroll 4
+    for (int p = 0; p < P; p++) scale[p] = 1 / (4 * (sum_lanes(squares[p]) / A(hw - 1) + A(e_lambda)));
+  }
+
+  CONVBLOCKS_LOOP GateOf<Vec<A>> gate(int p, int k) const { return {deviation(p, k), A(kLog2E) * scale[p]}; }
+  void forward(const Planes& y) const {
+    each([&](int p, int k) CONVBLOCKS_LOOP { put(y[p], k, value[p][k] * gate(p, k).gate); });
+  }
+  void backward(const Planes& grad, const Planes& grad_x) const {
+    std::array<std::array<Vec<A>, K>, P> kept;
+    std::array<Vec<A>, P> sum1{}, sum2{};
+    each([&](int p, int k) CONVBLOCKS_LOOP {
+      const GateOf<Vec<A>> of = gate(p, k);
+      const Vec<A> d = deviation(p, k), gated = get(grad[p], k, 0) * of.gate, h = gated * value[p][k] * of.rest * d;
+      kept[p][k] = gated + h * (2 * scale[p]);
+      sum1[p] += h * d;
+      sum2[p] += h;
+    });
+    std::array<A, P> slope, shift;
+#pragma GCC unroll 4
+    for (int p = 0; p < P; p++) {
+      slope[p] = sum_lanes(sum1[p]) * 8 * scale[p] * scale[p] / A(hw - 1);
+      shift[p] = sum_lanes(sum2[p]) * 2 * scale[p] / A(hw);
+    }
+    each([&](int p, int k) CONVBLOCKS_LOOP { put(grad_x[p], k, kept[p][k] - deviation(p, k) * slope[p] - shift[p]); });
+  }
+};
+
+// Where a plane is small, calls f(planes_of, Small), P channels at a time; planes_of(map) are theirs. The last channel may
+// be worked on several times. False where planes are large.
+template <class T, class F>
+bool for_small_planes(const Context& context, int64_t n, int64_t c, int64_t hw, F f) {
+  const auto all = [&]<int K>(std::integral_constant<int, K>) {
+    using Small = SmallPlanes<T, K>;
+    constexpr int P = Small::P;
+    for_each_sample(context, n, c * hw, [&](int64_t i, const Team& team) {
+      team.split((c + P - 1) / P, P * hw, [=](int64_t begin, int64_t end) {
+        for (int64_t few = begin; few < end; few++) {
+          const auto planes_of = [=](const Map& map) {
+            typename Small::Planes planes;
+            for (int p = 0; p < P; p++) planes[p] = plane_of<T>(map, i, std::min(few * P + p, c - 1));
+            return planes;
+          };
+          f(planes_of, std::type_identity<Small>{});
+        }
+      });
+    });
+  };
+  const int64_t vectors = (hw + kLanes<T> - 1) / kLanes<T>;
+  if (vectors > 7) return false;
+  if (vectors <= 1) all(std::integral_constant<int, 1>{});
+  else if (vectors <= 2) all(std::integral_constant<int, 2>{});
+  else if (vectors <= 4) all(std::integral_constant<int, 4>{});
+  else all(std::integral_constant<int, 7>{});
+  return true;
 }
 
 // --- channels_last ----------------------------------------------------------------------------------------------------
@@ -96,8 +205,8 @@ void forward_rows(const Team& team, const T* x, int64_t x_stride, T* y, int64_t 
   team.split(hw, c, [=](int64_t begin, int64_t end) {
     for (int64_t p = begin; p < end; p++) {
       write_row<T>(y + p * y_stride, c, far, [=](int64_t i, auto lanes) CONVBLOCKS_LOOP {
-        const Vec<A> v = load(x + p * x_stride + i, lanes), d = v - load(mean + i, lanes);
-        return v * sigmoid_of_positive(d * d * load(scale_of + i, lanes) + A(0.5));
+        const Vec<A> v = load(x + p * x_stride + i, lanes);
+        return v * GateOf(v - load(mean + i, lanes), A(kLog2E) * load(scale_of + i, lanes)).gate;
       });
     }
     finish_stores();
@@ -116,9 +225,9 @@ void backward_rows(const Team& team, const T* grad, int64_t grad_stride, const T
   reduce_rows<T, 2>(team, hw, c, partial, slope, [=](int64_t p, int64_t i, auto lanes) CONVBLOCKS_LOOP {
     const Vec<A> g = load(grad + p * grad_stride + i, lanes), v = load(x + p * x_stride + i, lanes);
     const Vec<A> d = v - load(mean + i, lanes), scale = load(scale_of + i, lanes);
-    const Vec<A> gate = sigmoid_of_positive(d * d * scale + A(0.5));
-    const Vec<A> h = g * v * gate * (1 - gate) * d;
-    store(kept + p * c + i, g * gate + h * (2 * scale), lanes);
+    const GateOf of(d, A(kLog2E) * scale);
+    const Vec<A> gated = g * of.gate, h = gated * v * of.rest * d;
+    store(kept + p * c + i, gated + h * (2 * scale), lanes);
     return Vecs<A, 2>{h * d, h};
   });
   for_lanes<A>(c, [=](int64_t i, auto lanes) CONVBLOCKS_LOOP {
@@ -164,6 +273,10 @@ template <class T>
 void forward(const Context& context, const SimamArgs& a) {
   const bool far = exceeds_caches(context, a.n * a.c * a.hw * sizeof(T));
   if (a.x.pixel == 1) {
+    const bool small = for_small_planes<T>(context, a.n, a.c, a.hw, [=]<class Small>(auto of, std::type_identity<Small>) {
+      Small(of(a.x), a.hw, a.e_lambda).forward(of(a.y));
+    });
+    if (small) return;
     for_each_sample(context, a.n, a.c * a.hw, [&](int64_t i, const Team& team) {
       team.split(a.c, a.hw, [=](int64_t begin, int64_t end) {
         for (int64_t c = begin; c < end; c++) {
@@ -188,6 +301,10 @@ void backward(const Context& context, const SimamBackwardArgs& a) {
   using A = Acc<T>;
   const bool far = exceeds_caches(context, a.n * a.c * a.hw * sizeof(T));
   if (a.x.pixel == 1) {
+    const bool small = for_small_planes<T>(context, a.n, a.c, a.hw, [=]<class Small>(auto of, std::type_identity<Small>) {
+      Small(of(a.x), a.hw, a.e_lambda).backward(of(a.grad), of(a.grad_x));
+    });
+    if (small) return;
     for_each_sample(context, a.n, 2 * a.c * a.hw, [&](int64_t i, const Team& team) {
       team.split(a.c, 2 * a.hw, [=](int64_t begin, int64_t end) {
         for (int64_t c = begin; c < end; c++) {

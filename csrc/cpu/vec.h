@@ -230,14 +230,44 @@ inline V sigmoid(V v) {
   return 1 / (1 + exp(-v));
 }
 
-// sigmoid for v >= 0 or NaN, where the denominator is at most 2 and its reciprocal cheaper than a division.
-inline VecD sigmoid_of_positive(VecD v) { return sigmoid(v); }
-inline VecF sigmoid_of_positive(VecF v) {
+// 2^v for v <= 0, within 2 ulp of the result and of v; 0 or nearly from -126 on. A NaN stays one.
+inline VecD exp2_of_negative(VecD v) {
+  return each_lane(v, [](double a) { return std::exp2(a); });
+}
+inline VecF exp2_of_negative(VecF v) {
 #if defined(__AVX512F__)
-  const VecF denominator = 1 + exp(-v), guess = (VecF)_mm512_rcp14_ps((__m512)denominator);
-  return guess + guess * (1 - denominator * guess);
+  const VecF f = (VecF)_mm512_reduce_ps((__m512)v, _MM_FROUND_TO_NEG_INF | _MM_FROUND_NO_EXC);  // v - floor(v)
 #else
-  return sigmoid(v);
+  v = v < -126.f ? splat<VecF>(-126.f) : v;
+#if defined(__AVX2__)
+  const VecF n = (VecF)_mm256_floor_ps((__m256)v);
+#else
+  VecF n = __builtin_convertvector(__builtin_convertvector(v, VecI), VecF);
+  n = n > v ? n - 1 : n;
+#endif
+  const VecF f = v - n;
+#endif
+  VecF p = splat<VecF>(1.87757676566e-3f);
+  p = p * f + 8.9893398766e-3f;
+  p = p * f + 5.58263182317e-2f;
+  p = p * f + 2.40153616983e-1f;
+  p = p * f + 6.93153073207e-1f;
+  p = p * f + 9.99999925064e-1f;
+#if defined(__AVX512F__)
+  return (VecF)_mm512_scalef_ps((__m512)p, (__m512)v);
+#else
+  return p * (VecF)((__builtin_convertvector(n, VecI) + 127) << 23);
+#endif
+}
+
+// 1 / v, within 2 ulp for a v that is neither tiny nor huge.
+inline VecD reciprocal(VecD v) { return 1 / v; }
+inline VecF reciprocal(VecF v) {
+#if defined(__AVX512F__)
+  const VecF guess = (VecF)_mm512_rcp14_ps((__m512)v);
+  return guess + guess * (1 - v * guess);
+#else
+  return 1 / v;
 #endif
 }
 
