@@ -48,10 +48,24 @@ CONVBLOCKS_LOOP inline void write_row(T* to, int64_t n, bool past_caches, F f) {
   if (i < n) store(to + i, f(i, static_cast<int>(n - i)), static_cast<int>(n - i));
 }
 
-// Whether a map of so many bytes is larger than the second-level caches of the threads that write it.
+// The same down a column: f(pixel) to the vector, or the part of one that `lanes` says, at `to` of each pixel.
+template <class T, class L, class F>
+CONVBLOCKS_LOOP inline void write_column(T* to, int64_t stride, int64_t begin, int64_t end, L lanes, bool past_caches, F f) {
+  if constexpr (std::is_same_v<L, Full>) {
+    constexpr size_t size = kLanes<T> * sizeof(T);
+    if (past_caches && reinterpret_cast<uintptr_t>(to) % size == 0 && stride * sizeof(T) % size == 0) {
+      for (int64_t p = begin; p < end; p++) store_past_caches(to + p * stride, f(p));
+      return;
+    }
+  }
+  for (int64_t p = begin; p < end; p++) store(to + p * stride, f(p), lanes);
+}
+
+// Whether a map of so many bytes and a second one of the same size are larger than the caches of the threads.
 inline bool exceeds_caches(const Context& context, int64_t bytes) {
-  static const int64_t cache = std::max<int64_t>(sysconf(_SC_LEVEL2_CACHE_SIZE), 1 << 20);
-  return bytes > cache * context.threads;
+  static const int64_t second = std::max<int64_t>(sysconf(_SC_LEVEL2_CACHE_SIZE), 1 << 20);
+  static const int64_t third = sysconf(_SC_LEVEL3_CACHE_SIZE);
+  return 2 * bytes > std::max(third, second * context.threads);
 }
 
 // NCHW: the K sums of f(i, lanes) -> Vecs<A, K> over the n pixels of a plane.

@@ -120,10 +120,10 @@ struct SmallPlanes {
   }
 
   CONVBLOCKS_LOOP GateOf<Vec<A>> gate(int p, int k) const { return {deviation(p, k), A(kLog2E) * scale[p]}; }
-  void forward(const Planes& y) const {
+  CONVBLOCKS_LOOP void forward(const Planes& y) const {
     each([&](int p, int k) CONVBLOCKS_LOOP { put(y[p], k, value[p][k] * gate(p, k).gate); });
   }
-  void backward(const Planes& grad, const Planes& grad_x) const {
+  CONVBLOCKS_LOOP void backward(const Planes& grad, const Planes& grad_x) const {
     std::array<std::array<Vec<A>, K>, P> kept;
     std::array<Vec<A>, P> sum1{}, sum2{};
     each([&](int p, int k) CONVBLOCKS_LOOP {
@@ -203,12 +203,13 @@ void forward_rows(const Team& team, const T* x, int64_t x_stride, T* y, int64_t 
   const RowStats<T> s(team, x, x_stride, hw, c, e_lambda, workspace + 2 * c, workspace);
   const A *mean = s.mean, *scale_of = s.scale;
   team.split(hw, c, [=](int64_t begin, int64_t end) {
-    for (int64_t p = begin; p < end; p++) {
-      write_row<T>(y + p * y_stride, c, far, [=](int64_t i, auto lanes) CONVBLOCKS_LOOP {
+    for_lanes<T>(c, [=](int64_t i, auto lanes) CONVBLOCKS_LOOP {
+      const Vec<A> m = load(mean + i, lanes), rate = A(kLog2E) * load(scale_of + i, lanes);
+      write_column(y + i, y_stride, begin, end, lanes, far, [=](int64_t p) CONVBLOCKS_LOOP {
         const Vec<A> v = load(x + p * x_stride + i, lanes);
-        return v * GateOf(v - load(mean + i, lanes), A(kLog2E) * load(scale_of + i, lanes)).gate;
+        return v * GateOf(v - m, rate).gate;
       });
-    }
+    });
     finish_stores();
   });
 }
@@ -236,25 +237,27 @@ void backward_rows(const Team& team, const T* grad, int64_t grad_stride, const T
     store(shift + i, load(shift + i, lanes) * 2 * scale / A(hw), lanes);
   });
   team.split(hw, c, [=](int64_t begin, int64_t end) {
-    for (int64_t p = begin; p < end; p++) {
-      write_row<T>(grad_x + p * grad_x_stride, c, far, [=](int64_t i, auto lanes) CONVBLOCKS_LOOP {
-        const Vec<A> d = load(x + p * x_stride + i, lanes) - load(mean + i, lanes);
-        return load(kept + p * c + i, lanes) - d * load(slope + i, lanes) - load(shift + i, lanes);
+    for_lanes<T>(c, [=](int64_t i, auto lanes) CONVBLOCKS_LOOP {
+      const Vec<A> m = load(mean + i, lanes), s1 = load(slope + i, lanes), s2 = load(shift + i, lanes);
+      write_column(grad_x + i, grad_x_stride, begin, end, lanes, far, [=](int64_t p) CONVBLOCKS_LOOP {
+        return load(kept + p * c + i, lanes) - (load(x + p * x_stride + i, lanes) - m) * s1 - s2;
       });
-    }
+    });
     finish_stores();
   });
 }
 
 // --- whole maps -------------------------------------------------------------------------------------------------------
 
-// Channels are independent: in channels_last a block of them, in whole cache lines, is worked on like a sample. `maps` is
-// how many values of a pixel and channel have to stay in the cache between the passes.
+// Channels are independent: in channels_last a block of them, in pairs of cache lines (which processors fetch together),
+// is worked on like a sample. `maps` is how many values of a pixel and channel have to stay in the cache between the
+// passes: that of one thread, or of all, who share a block if there are fewer samples.
 template <class T>
 struct Blocks {
   int64_t c, width, count;
-  Blocks(int64_t channels, int64_t hw, int maps) : c(channels) {
-    constexpr int64_t line = 64 / sizeof(T), budget = 1 << 20;
+  Blocks(const Context& context, int64_t n, int64_t channels, int64_t hw, int maps) : c(channels) {
+    constexpr int64_t line = 128 / sizeof(T);
+    const int64_t budget = (n < context.threads ? context.threads : 1) * (int64_t{1} << 20);
     width = std::clamp(budget / (hw * maps * int64_t{sizeof(Acc<T>)}) / line * line, std::min(line, c), c);
     count = (c + width - 1) / width;
     width = std::min(c, (c + count * line - 1) / (count * line) * line);  // even ones
@@ -287,7 +290,7 @@ void forward(const Context& context, const SimamArgs& a) {
     });
     return;
   }
-  const Blocks<T> blocks(a.c, a.hw, 1);
+  const Blocks<T> blocks(context, a.n, a.c, a.hw, 1);
   const int64_t size = 2 * blocks.width + row_sums_size<1>(a.hw, blocks.width);
   auto* workspace = static_cast<Acc<T>*>(context.workspace(context, a.n * blocks.count * size * sizeof(Acc<T>)));
   blocks.for_each(context, a.n, a.hw, [&](const Team& team, int64_t task, int64_t i, int64_t first, int64_t c) {
@@ -316,7 +319,7 @@ void backward(const Context& context, const SimamBackwardArgs& a) {
     });
     return;
   }
-  const Blocks<T> blocks(a.c, a.hw, 3);
+  const Blocks<T> blocks(context, a.n, a.c, a.hw, 3);
   const int64_t size = 4 * blocks.width + row_sums_size<2>(a.hw, blocks.width);
   A* workspace = static_cast<A*>(context.workspace(context, a.n * blocks.count * size * sizeof(A)));
   blocks.for_each(context, a.n, a.hw, [&](const Team& team, int64_t task, int64_t i, int64_t first, int64_t c) {
