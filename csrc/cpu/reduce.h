@@ -50,7 +50,8 @@ CONVBLOCKS_LOOP inline void write_row(T* to, int64_t n, bool past_caches, F f) {
 
 // The same down a column: f(pixel) to the vector, or the part of one that `lanes` says, at `to` of each pixel.
 template <class T, class L, class F>
-CONVBLOCKS_LOOP inline void write_column(T* to, int64_t stride, int64_t begin, int64_t end, L lanes, bool past_caches, F f) {
+CONVBLOCKS_LOOP inline void write_column(T* to, int64_t stride, int64_t begin, int64_t end, L lanes, bool past_caches,
+                                         F f) {
   if constexpr (std::is_same_v<L, Full>) {
     constexpr size_t size = kLanes<T> * sizeof(T);
     if (past_caches && reinterpret_cast<uintptr_t>(to) % size == 0 && stride * sizeof(T) % size == 0) {
@@ -117,7 +118,8 @@ inline int64_t row_sums_size(int64_t pixels, int64_t c) {
 }
 
 template <class T, int K, class F>
-CONVBLOCKS_LOOP inline void reduce_rows(const Team& team, int64_t pixels, int64_t c, Acc<T>* partial, Acc<T>* out, F f) {
+CONVBLOCKS_LOOP inline void reduce_rows(const Team& team, int64_t pixels, int64_t c, Acc<T>* partial, Acc<T>* out,
+                                        F f) {
   using A = Acc<T>;
   constexpr int kStep = 4;
   const int64_t chunks = pixel_chunks(pixels);

@@ -25,6 +25,22 @@ struct GateOf {
   }
 };
 
+// Where the backward keeps the gate's part of its result: in the result, or in memory of its own if that cannot hold it
+// or is to be written past the caches.
+template <class T>
+struct Kept {
+  using A = Acc<T>;
+  Scratch<A> scratch;
+  A* data;
+  int64_t stride;
+  Kept(T* result, int64_t result_stride, int64_t size, bool far, int64_t own_stride = 0)
+      : scratch(far || !std::is_same_v<T, A> ? size : 0), data(scratch.data()), stride(own_stride) {
+    if constexpr (std::is_same_v<T, A>) {
+      if (!far) data = result, stride = result_stride;
+    }
+  }
+};
+
 // --- NCHW -------------------------------------------------------------------------------------------------------------
 
 template <class T>
@@ -57,8 +73,8 @@ void forward_plane(const T* x, T* y, int64_t hw, double e_lambda, bool far) {
 template <class T>
 void backward_plane(const T* grad, const T* x, T* grad_x, int64_t hw, double e_lambda, bool far) {
   using A = Acc<T>;
-  const Scratch<A> scratch(hw);
-  A* kept = scratch.data();
+  const Kept<T> kept_part(grad_x, hw, hw, far);
+  A* kept = kept_part.data;
   const PlaneStats<T> s(x, hw, e_lambda);
   const A scale = 1 / s.q, rate = A(kLog2E) / s.q, mean = s.mean;
   const auto [s1, s2] = reduce_plane<T, 2>(hw, [=](int64_t i, auto lanes) CONVBLOCKS_LOOP {
@@ -101,8 +117,10 @@ struct SmallPlanes {
   }
   CONVBLOCKS_LOOP void put(T* plane, int k, Vec<A> v) const {
     const int64_t left = hw - k * L;
-    if (left >= L) store(plane + k * L, v);
-    else if (left > 0) store(plane + k * L, v, static_cast<int>(left));
+    if (left >= L)
+      store(plane + k * L, v);
+    else if (left > 0)
+      store(plane + k * L, v, static_cast<int>(left));
   }
   CONVBLOCKS_LOOP Vec<A> deviation(int p, int k) const { return value[p][k] - mean[p]; }
 
@@ -165,10 +183,14 @@ bool for_small_planes(const Context& context, int64_t n, int64_t c, int64_t hw, 
   };
   const int64_t vectors = (hw + kLanes<T> - 1) / kLanes<T>;
   if (vectors > 7) return false;
-  if (vectors <= 1) all(std::integral_constant<int, 1>{});
-  else if (vectors <= 2) all(std::integral_constant<int, 2>{});
-  else if (vectors <= 4) all(std::integral_constant<int, 4>{});
-  else all(std::integral_constant<int, 7>{});
+  if (vectors <= 1)
+    all(std::integral_constant<int, 1>{});
+  else if (vectors <= 2)
+    all(std::integral_constant<int, 2>{});
+  else if (vectors <= 4)
+    all(std::integral_constant<int, 4>{});
+  else
+    all(std::integral_constant<int, 7>{});
   return true;
 }
 
@@ -218,8 +240,9 @@ template <class T>
 void backward_rows(const Team& team, const T* grad, int64_t grad_stride, const T* x, int64_t x_stride, T* grad_x,
                    int64_t grad_x_stride, int64_t hw, int64_t c, double e_lambda, Acc<T>* workspace, bool far) {
   using A = Acc<T>;
-  const Scratch<A> scratch(hw * c);
-  A* kept = scratch.data();
+  const Kept<T> kept_part(grad_x, grad_x_stride, hw * c, far, c);
+  A* kept = kept_part.data;
+  const int64_t kept_stride = kept_part.stride;
   A *slope = workspace + 2 * c, *shift = slope + c, *partial = shift + c;
   const RowStats<T> s(team, x, x_stride, hw, c, e_lambda, partial, workspace);
   const A *mean = s.mean, *scale_of = s.scale;
@@ -228,7 +251,7 @@ void backward_rows(const Team& team, const T* grad, int64_t grad_stride, const T
     const Vec<A> d = v - load(mean + i, lanes), scale = load(scale_of + i, lanes);
     const GateOf of(d, A(kLog2E) * scale);
     const Vec<A> gated = g * of.gate, h = gated * v * of.rest * d;
-    store(kept + p * c + i, gated + h * (2 * scale), lanes);
+    store(kept + p * kept_stride + i, gated + h * (2 * scale), lanes);
     return Vecs<A, 2>{h * d, h};
   });
   for_lanes<A>(c, [=](int64_t i, auto lanes) CONVBLOCKS_LOOP {
@@ -240,7 +263,7 @@ void backward_rows(const Team& team, const T* grad, int64_t grad_stride, const T
     for_lanes<T>(c, [=](int64_t i, auto lanes) CONVBLOCKS_LOOP {
       const Vec<A> m = load(mean + i, lanes), s1 = load(slope + i, lanes), s2 = load(shift + i, lanes);
       write_column(grad_x + i, grad_x_stride, begin, end, lanes, far, [=](int64_t p) CONVBLOCKS_LOOP {
-        return load(kept + p * c + i, lanes) - (load(x + p * x_stride + i, lanes) - m) * s1 - s2;
+        return load(kept + p * kept_stride + i, lanes) - (load(x + p * x_stride + i, lanes) - m) * s1 - s2;
       });
     });
     finish_stores();
@@ -251,13 +274,13 @@ void backward_rows(const Team& team, const T* grad, int64_t grad_stride, const T
 
 // Channels are independent: in channels_last a block of them, in pairs of cache lines (which processors fetch together),
 // is worked on like a sample. `maps` is how many values of a pixel and channel have to stay in the cache between the
-// passes: that of one thread, or of all, who share a block if there are fewer samples.
+// passes: those of one thread, or of all, who share a block if there are fewer samples.
 template <class T>
 struct Blocks {
   int64_t c, width, count;
   Blocks(const Context& context, int64_t n, int64_t channels, int64_t hw, int maps) : c(channels) {
     constexpr int64_t line = 128 / sizeof(T);
-    const int64_t budget = (n < context.threads ? context.threads : 1) * (int64_t{1} << 20);
+    const int64_t budget = (n < context.threads ? context.threads : 1) * (int64_t{4} << 20);
     width = std::clamp(budget / (hw * maps * int64_t{sizeof(Acc<T>)}) / line * line, std::min(line, c), c);
     count = (c + width - 1) / width;
     width = std::min(c, (c + count * line - 1) / (count * line) * line);  // even ones
@@ -276,9 +299,9 @@ template <class T>
 void forward(const Context& context, const SimamArgs& a) {
   const bool far = exceeds_caches(context, a.n * a.c * a.hw * sizeof(T));
   if (a.x.pixel == 1) {
-    const bool small = for_small_planes<T>(context, a.n, a.c, a.hw, [=]<class Small>(auto of, std::type_identity<Small>) {
-      Small(of(a.x), a.hw, a.e_lambda).forward(of(a.y));
-    });
+    const bool small = for_small_planes<T>(
+        context, a.n, a.c, a.hw,
+        [=]<class Small>(auto of, std::type_identity<Small>) { Small(of(a.x), a.hw, a.e_lambda).forward(of(a.y)); });
     if (small) return;
     for_each_sample(context, a.n, a.c * a.hw, [&](int64_t i, const Team& team) {
       team.split(a.c, a.hw, [=](int64_t begin, int64_t end) {
@@ -294,8 +317,8 @@ void forward(const Context& context, const SimamArgs& a) {
   const int64_t size = 2 * blocks.width + row_sums_size<1>(a.hw, blocks.width);
   auto* workspace = static_cast<Acc<T>*>(context.workspace(context, a.n * blocks.count * size * sizeof(Acc<T>)));
   blocks.for_each(context, a.n, a.hw, [&](const Team& team, int64_t task, int64_t i, int64_t first, int64_t c) {
-    forward_rows(team, plane_of<T>(a.x, i, first), a.x.pixel, plane_of<T>(a.y, i, first), a.y.pixel, a.hw, c, a.e_lambda,
-                 workspace + task * size, far);
+    forward_rows(team, plane_of<T>(a.x, i, first), a.x.pixel, plane_of<T>(a.y, i, first), a.y.pixel, a.hw, c,
+                 a.e_lambda, workspace + task * size, far);
   });
 }
 
@@ -304,15 +327,16 @@ void backward(const Context& context, const SimamBackwardArgs& a) {
   using A = Acc<T>;
   const bool far = exceeds_caches(context, a.n * a.c * a.hw * sizeof(T));
   if (a.x.pixel == 1) {
-    const bool small = for_small_planes<T>(context, a.n, a.c, a.hw, [=]<class Small>(auto of, std::type_identity<Small>) {
-      Small(of(a.x), a.hw, a.e_lambda).backward(of(a.grad), of(a.grad_x));
-    });
+    const bool small =
+        for_small_planes<T>(context, a.n, a.c, a.hw, [=]<class Small>(auto of, std::type_identity<Small>) {
+          Small(of(a.x), a.hw, a.e_lambda).backward(of(a.grad), of(a.grad_x));
+        });
     if (small) return;
     for_each_sample(context, a.n, 2 * a.c * a.hw, [&](int64_t i, const Team& team) {
       team.split(a.c, 2 * a.hw, [=](int64_t begin, int64_t end) {
         for (int64_t c = begin; c < end; c++) {
-          backward_plane(plane_of<T>(a.grad, i, c), plane_of<T>(a.x, i, c), plane_of<T>(a.grad_x, i, c), a.hw, a.e_lambda,
-                         far);
+          backward_plane(plane_of<T>(a.grad, i, c), plane_of<T>(a.x, i, c), plane_of<T>(a.grad_x, i, c), a.hw,
+                         a.e_lambda, far);
         }
         finish_stores();
       });

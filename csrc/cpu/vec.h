@@ -143,11 +143,15 @@ inline void store(T* p, Vec<Acc<T>> v, int count) {
 template <class T>
 inline void store_past_caches(T* p, Vec<Acc<T>> v) {
 #if defined(__AVX512F__)
-  if constexpr (sizeof(T) == 2) _mm256_stream_si256((__m256i*)p, (__m256i)narrow(v, T{}));
-  else _mm512_stream_si512((__m512i*)p, (__m512i)v);
+  if constexpr (sizeof(T) == 2)
+    _mm256_stream_si256((__m256i*)p, (__m256i)narrow(v, T{}));
+  else
+    _mm512_stream_si512((__m512i*)p, (__m512i)v);
 #elif defined(__AVX2__)
-  if constexpr (sizeof(T) == 2) _mm_stream_si128((__m128i*)p, (__m128i)narrow(v, T{}));
-  else _mm256_stream_si256((__m256i*)p, (__m256i)v);
+  if constexpr (sizeof(T) == 2)
+    _mm_stream_si128((__m128i*)p, (__m128i)narrow(v, T{}));
+  else
+    _mm256_stream_si256((__m256i*)p, (__m256i)v);
 #else
   store(p, v);
 #endif
