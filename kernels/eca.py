@@ -1,9 +1,9 @@
 """ECA: y = x * gate(z), z = the convolution over the channels, with k taps, of their means p.
 
 Forward: `pool`, `_gate`, `scale`; but a sample that fits the registers of one program is read once (`_sample`).
-Backward: `pool` also sums q = grad * x; `_gate` computes dz = q * gate'(z) and, in rows, what each program adds to
-the gradient of the weight;
-`_grad_x` writes grad * gate + dp / HW, where dp is the transposed convolution of dz; `_grad_weight` adds up the rows.
+Backward: `pool` also sums q = grad * x; `_gate` computes dz = q * gate'(z) and, in rows, what each program adds to the
+gradient of the weight; `_grad_x` writes grad * gate + dp / HW, where dp is the transposed convolution of dz;
+`_grad_weight` adds up the rows.
 """
 
 from __future__ import annotations

@@ -3,11 +3,9 @@
 Backward, with t = grad * x * s * (1 - s) and n = HW - 1:
 grad_x = grad * s + 2 r (t * d - 4 / n * sum(t * u) * d - sum(t * d) / HW).
 
-A block of planes that fits the registers of one program is read once (`_tile`). Bigger planes are walked once for
-each
+A block of planes that fits the registers of one program is read once (`_tile`). Bigger planes are walked once for each
 sum and once to write (`_walk`): by one program where they then come from its cache, else in a launch for each walk,
-whose
-programs share the planes.
+whose programs share the planes.
 """
 
 from __future__ import annotations

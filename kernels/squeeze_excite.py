@@ -1,13 +1,11 @@
 """Squeeze-and-excitation: y = x * gate(z2), z2 = W2 act(z1) + b2, z1 = W1 p + b1, p the squeezed planes.
 One layer: z2 = W2 p + b2.
 
-Forward: `pool`, `_layer` for z1 and for the gates, `scale`; but a sample that fits the registers of one program is
-read
+Forward: `pool`, `_layer` for z1 and for the gates, `scale`; but a sample that fits the registers of one program is read
 once (`_sample`).
 Backward: `pool` also sums q = grad * x; `_layer` recomputes z1, the gates, and gives dz2 = q * gate'(z2);
 `_layer_backward` takes dz2 to dz1 and dz1 to dp, each with the gradients of its weights; `_grad_x` writes grad * gate
-and
-the share of each pixel in dp.
+and the share of each pixel in dp.
 """
 
 from __future__ import annotations
