@@ -27,6 +27,7 @@ BACKENDS = ("auto", "reference", "cpu", "triton", "cuda")
 
 _package = Path(__file__).parent
 operators: dict[str, Operator] = {}
+stale: set[str] = set()  # operations that the compiled part, older than these sources, lacks
 selected = "auto"
 extension_error: str | None = "not loaded yet"
 kernel_errors: dict[str, str | None] = {"cpu": "not loaded yet", "cuda": "not loaded yet"}
@@ -101,6 +102,7 @@ class _Triton:
 
     def __init__(self) -> None:
         self._lasting = torch.library.Library("convblocks", "IMPL")
+        self._taken: torch.library.Library | None = None
 
     def device(self) -> str:
         """The dispatch key that Triton serves here: CPU under its interpreter, else CUDA."""
@@ -129,15 +131,15 @@ class _Triton:
             library.impl(name, kernel(""), key)
             library.impl(f"{name}_backward", kernel("_backward"), key)
 
-    @contextlib.contextmanager
-    def in_place(self) -> Iterator[None]:
-        library = torch.library.Library("convblocks", "IMPL")
-        try:
+    def take_place(self, wanted: bool) -> None:
+        """Of the device's kernels, while it is wanted."""
+        if wanted and self._taken is None:
+            self._taken = torch.library.Library("convblocks", "IMPL")
             for name in operators:
-                self.register(name, self.device(), library)
-            yield
-        finally:
-            library._destroy()
+                self.register(name, self.device(), self._taken)
+        elif not wanted and self._taken is not None:
+            self._taken._destroy()
+            self._taken = None
 
 
 _triton = _Triton()
@@ -158,10 +160,12 @@ def why_not(op: str, backend: str, x: Tensor | None = None) -> str | None:
         raise ValueError(f"convblocks: expected an operation of {', '.join(operators)}, got {op}")
     if backend in ("auto", "reference"):
         return None
-    if backend == "triton":
+    if backend == "triton" and op not in stale:
         reason, device = _triton.why_not(), _triton.device().lower()
     elif backend == "cuda" and _emulated_cuda:
         reason, device = None, "cpu"
+    elif op in stale:
+        reason, device = f"{_shared_object('_C').name} is of other sources, without {op}: build it again", backend
     else:
         reason = "the emulated CUDA kernels took its place" if _emulated_cuda else kernel_errors[backend]
         device = backend
@@ -169,7 +173,7 @@ def why_not(op: str, backend: str, x: Tensor | None = None) -> str | None:
         return reason
     if x is None:
         return None if device == "cpu" or torch.cuda.is_available() else "torch sees no CUDA device"
-    if x.device.type != device:
+    if x.device.type not in (device, "meta"):
         hint = " (TRITON_INTERPRET=1 runs it on the CPU, slowly)" if backend == "triton" else ""
         return f"it runs on {device}, the input is on {x.device}{hint}"
     return None
@@ -203,21 +207,31 @@ def use_backend(name: str) -> Iterator[None]:
         >>> with convblocks.use_backend("reference"):
         ...     y = convblocks.ops.simam(torch.randn(2, 8, 7, 7))
     """
-    global selected
     _known(name)
-    before, selected = selected, name
+    context = object()
+    _open[context] = name
     try:
-        with _triton.in_place() if name == "triton" and _triton.why_not() is None else contextlib.nullcontext():
-            yield
+        _select()
+        yield
     finally:
-        selected = before
+        del _open[context]
+        _select()
+
+
+_open: dict[object, str] = {}  # the contexts, whichever thread has opened them; the last one counts
+
+
+def _select() -> None:
+    global selected
+    selected = next(reversed(_open.values()), "auto")
+    _triton.take_place(selected == "triton" and _triton.why_not() is None)
 
 
 _environment = contextlib.ExitStack()  # holds the choice of CONVBLOCKS_BACKEND for the life of the process
 
 
 def select_from_environment() -> None:
-    name = os.environ.get("CONVBLOCKS_BACKEND", "auto")
+    name = os.environ.get("CONVBLOCKS_BACKEND") or "auto"
     if name not in BACKENDS:
         raise ValueError(f"CONVBLOCKS_BACKEND: expected a backend of {', '.join(BACKENDS)}, got {name}")
     if name != "auto":

@@ -5,6 +5,7 @@ None of them knows an operation by name: a new operation brings its record here 
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from typing import Any
@@ -13,6 +14,7 @@ import torch
 from torch import Tensor
 
 from convblocks import ops
+from convblocks.ops.channel_shuffle import reference as _channel_shuffle_reference
 from convblocks.ops.eca import PADDINGS
 from convblocks.ops.eca import reference as _eca_reference
 from convblocks.ops.gate import ACTIVATIONS, GATES
@@ -32,6 +34,8 @@ LAYOUTS: dict[str, Callable[[Tensor], Tensor]] = {
     "channels_last_slice": lambda x: torch.cat((x, x), 1).contiguous(memory_format=torch.channels_last)[
         :, : x.shape[1]
     ],
+    "channels_last_expanded": lambda x: x[:1].contiguous(memory_format=torch.channels_last).expand(x.shape),
+    "batch_last": lambda x: x.permute(1, 2, 3, 0).contiguous().permute(3, 0, 1, 2),
     "crop": lambda x: torch.nn.functional.pad(x, (1, 2, 2, 1))[:, :, 2 : x.shape[2] + 2, 1 : x.shape[3] + 1],
     "transposed": lambda x: x.transpose(2, 3).contiguous().transpose(2, 3),
     "expanded": lambda x: x[:1].expand(x.shape),  # the values of the first sample for all
@@ -90,6 +94,7 @@ class OpInfo:
         (1, 2, 65, 33),
     )
     dtypes: tuple[torch.dtype, ...] = field(default=DTYPES)
+    linear: bool = False  # in the map, its only tensor: the backward operator takes no map
 
     def sample(
         self,
@@ -125,7 +130,7 @@ class OpInfo:
     def least_bytes(self, sample: Sample, backward: bool = False) -> int:
         """The bytes that any kernel has to move: each input read once, each output written once."""
         size = [t.numel() * t.element_size() for t in sample.tensors()]
-        if backward:  # reads the gradient, the input and the parameters; writes their gradients
+        if backward and not self.linear:  # reads the gradient, the input and the parameters; writes their gradients
             return 3 * size[0] + 2 * sum(size[1:])
         return 2 * size[0] + sum(size[1:])
 
@@ -175,6 +180,7 @@ def _squeeze_excite_bad_inputs(device: str) -> Iterator[BadInput]:
     yield refuse(x, w1[:, :, None], b1, w2, b2, expected="w1 of size [R, 8] or [R, 8, 1, 1], got [4, 8, 1]")
     yield refuse(x, w1, b1[:3], w2, b2, expected="b1 of size [4], got [3]")
     yield refuse(x, w1, b1, w2.T, b2, expected="w2 of size [8, 4] or [8, 4, 1, 1], got [4, 8]")
+    yield refuse(x, w1, b1, None, b2, error=TypeError, expected="w2 to be a tensor, got None")
     yield refuse(x, None, None, w2, b2, expected="w2 of size [8, 8] or [8, 8, 1, 1], got [8, 4]")
     yield refuse(x, w1, b1, w2, b2[None], expected="b2 of size [8], got [1, 8]")
     yield refuse(x, None, b1, w2, b2, expected="b1 only with w1, got b1 of size [4]")
@@ -242,6 +248,25 @@ def _simam_bad_inputs(device: str) -> Iterator[BadInput]:
         yield BadInput((x, value), {}, ValueError, f"simam: expected e_lambda > 0, got {value:g}")
 
 
+# --- channel_shuffle --------------------------------------------------------------------------------------------------
+
+
+def _channel_shuffle_parameters(
+    size: Size, o: Options, random: Callable[..., Tensor]
+) -> tuple[tuple[Any, ...], Options]:
+    groups = math.gcd(size[1], o["groups"])
+    return (size[1] // groups if o.get("inverse") else groups,), {}
+
+
+def _channel_shuffle_bad_inputs(device: str) -> Iterator[BadInput]:
+    x = torch.zeros(2, 8, 7, 7, device=device)
+    for bad, error, words in _bad_maps("channel_shuffle", x):
+        yield BadInput((bad, 2), {}, error, words)
+    for groups in (3, 16, 0, -2):
+        words = f"channel_shuffle: expected groups that divide the 8 channels, got {groups}"
+        yield BadInput((x, groups), {}, ValueError, words)
+
+
 OPS: dict[str, OpInfo] = {
     info.name: info
     for info in (
@@ -298,6 +323,25 @@ OPS: dict[str, OpInfo] = {
             forward_flops=lambda s: 9 * s.x.numel(),
             backward_flops=lambda s: 18 * s.x.numel(),
             gpu_traffic=(1.05, 1.05),
+        ),
+        OpInfo(
+            name="channel_shuffle",
+            op=ops.channel_shuffle,
+            reference=_channel_shuffle_reference,
+            parameters=_channel_shuffle_parameters,
+            options=(
+                {"groups": 2},
+                {"groups": 3},
+                {"groups": 2, "inverse": True},
+                {"groups": 4, "inverse": True},
+                {"groups": 7},
+            ),
+            bench=({"groups": 2}, {"groups": 3}),
+            bad_inputs=_channel_shuffle_bad_inputs,
+            forward_flops=lambda s: 0,
+            backward_flops=lambda s: 0,
+            gpu_traffic=(1.05, 1.05),
+            linear=True,
         ),
     )
 }

@@ -29,9 +29,9 @@ struct Eca {
     check_parameter(name, "weight", weight, x);
     check_parameter(name, "bias", bias, x);
     check_same_dtype(name, "bias", bias, "weight", weight);
-    TORCH_CHECK_VALUE((weight.dim() == 1 || weight.dim() == 3) && weight.sym_numel() == taps(weight) &&
-                          taps(weight) % 2 == 1,
-                      name, ": expected weight of size [1, 1, k] or [k] with an odd k, got ", size_of(weight));
+    TORCH_CHECK_VALUE(
+        (weight.dim() == 1 || weight.dim() == 3) && weight.sym_numel() == taps(weight) && taps(weight) % 2 == 1, name,
+        ": expected weight of size [1, 1, k] or [k] with an odd k, got ", size_of(weight));
     TORCH_CHECK_VALUE(!bias.has_value() || (bias->dim() == 1 && bias->sym_size(0) == 1), name,
                       ": expected bias of size [1], got ", size_of(*bias));
     check_one_of(name, "gate", gate, kGateNames);
@@ -84,7 +84,8 @@ struct Eca {
     // Tap j of the filter meets channel i at padded place i + j, in the filter's gradient as in that of the squeeze.
     const Tensor windows = s.padded.squeeze(1).unfold(1, k.guard_int(__FILE__, __LINE__), 1);
     const Tensor dweight = (dlogit.unsqueeze(-1) * windows).sum(c10::IntArrayRef{0, 1});
-    const Tensor dbias = bias.has_value() ? dlogit.sum().reshape({1}).to(bias->scalar_type()) : at::empty({0}, x.options());
+    const Tensor dbias =
+        bias.has_value() ? dlogit.sum().reshape({1}).to(bias->scalar_type()) : at::empty({0}, x.options());
     const Tensor zeros = dlogit.new_zeros_symint({x.sym_size(0), c10::SymInt(1), k - 1});
     const Tensor wide = at::cat({zeros, dlogit.unsqueeze(1), zeros}, 2);
     const Tensor dpadded = at::conv1d(wide, filter(weight, x).flip(2)).squeeze(1);
@@ -102,22 +103,24 @@ struct Eca {
 
   static EcaWeights weights(const Tensor& weight, const MaybeTensor& bias, std::string_view gate,
                             std::string_view padding) {
-    return {dtype_of(weight), weight.numel(), weight.const_data_ptr(), data_of(bias), gate_of(gate), padding == "circular"};
+    return {dtype_of(weight), weight.numel(), weight.const_data_ptr(),
+            data_of(bias),    gate_of(gate),  padding == "circular"};
   }
 
   static void run(const Call& kernel, const Tensor& y, const Tensor& x, const Tensor& weight, const MaybeTensor& bias,
                   std::string_view gate, std::string_view padding) {
-    const Tensor in = walkable(x, y.suggest_memory_format()), w = weight.contiguous();
-    kernel(EcaArgs{dtype_of(x), x.size(0), x.size(1), x.size(2) * x.size(3), weights(w, bias, gate, padding), map_of(in),
-                   map_of(y)});
+    const auto format = walk_format(x);
+    const Tensor w = weight.contiguous();
+    kernel(EcaArgs{dtype_of(x), x.size(0), x.size(1), x.size(2) * x.size(3), weights(w, bias, gate, padding),
+                   Walk(x, format).map, Walk(y, format).map});
   }
 
   static void run_backward(const Call& kernel, Grads& grads, const Tensor& grad, const Tensor& x, const Tensor& weight,
                            const MaybeTensor& bias, std::string_view gate, std::string_view padding) {
-    const auto format = x.suggest_memory_format();
-    const Tensor g = walkable(grad, format), in = walkable(x, format), w = weight.contiguous();
+    const auto format = walk_format(x);
+    const Tensor w = weight.contiguous();
     kernel(EcaBackwardArgs{dtype_of(x), x.size(0), x.size(1), x.size(2) * x.size(3), weights(w, bias, gate, padding),
-                           map_of(g), map_of(in), map_of(grads[0]), grads[1].data_ptr(),
+                           Walk(grad, format).map, Walk(x, format).map, Walk(grads[0], format).map, grads[1].data_ptr(),
                            bias.has_value() ? grads[2].data_ptr() : nullptr});
   }
 };

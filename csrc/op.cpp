@@ -77,11 +77,11 @@ static void load_kernels(std::string_view path, std::string_view device) {
   TORCH_CHECK_VALUE(device == "cpu" || device == "cuda", "convblocks: expected device cpu or cuda, got ", device);
   void* library = dlopen(std::string(path).c_str(), RTLD_NOW | RTLD_LOCAL);
   TORCH_CHECK(library, dlerror());
-  for (KernelSlot* slot : slots()) {
-    void* function = dlsym(library, slot->symbol.c_str());
-    TORCH_CHECK(function, path, " has no ", slot->symbol, ": it was built from other sources");
-    (device == "cpu" ? slot->cpu : slot->cuda) = function;
+  for (const KernelSlot* slot : slots()) {
+    TORCH_CHECK(dlsym(library, slot->symbol.c_str()), path, " has no ", slot->symbol,
+                ": it was built from other sources");
   }
+  for (KernelSlot* slot : slots()) (device == "cpu" ? slot->cpu : slot->cuda) = dlsym(library, slot->symbol.c_str());
 }
 
 Call::Call(const char* op, const KernelSlot& slot, const Tensor& x) : op_(op), function_(slot.on(x)), x_(x) {
@@ -126,19 +126,27 @@ Dtype dtype_of(const Tensor& t) {
 
 static int64_t pixel_stride(const Tensor& t) { return t.size(3) > 1 ? t.stride(3) : t.size(2) > 1 ? t.stride(2) : 1; }
 
-Map map_of(const Tensor& t) {
-  const bool channels_last = (t.size(1) == 1 || t.stride(1) == 1) && t.suggest_memory_format() == at::MemoryFormat::ChannelsLast;
-  return {t.data_ptr(), t.stride(0), t.stride(1), channels_last ? std::max<int64_t>(pixel_stride(t), 1) : 1};
-}
-
 static bool is_walkable(const Tensor& t, at::MemoryFormat format) {
   const int64_t h = t.size(2), w = t.size(3), pixel = pixel_stride(t);
   const bool even = h == 1 || w == 1 || t.stride(2) == w * t.stride(3);
-  if (format == at::MemoryFormat::ChannelsLast) return even && (t.size(1) == 1 || t.stride(1) == 1) && pixel >= t.size(1);
+  if (format == at::MemoryFormat::ChannelsLast)
+    return even && (t.size(1) == 1 || t.stride(1) == 1) && pixel >= t.size(1);
   return even && (h * w == 1 || pixel == 1);
 }
 
-Tensor walkable(const Tensor& t, at::MemoryFormat format) { return is_walkable(t, format) ? t : t.contiguous(format); }
+Walk::Walk(const Tensor& t, at::MemoryFormat format) : tensor(is_walkable(t, format) ? t : t.contiguous(format)) {
+  const int64_t pixel = format == at::MemoryFormat::ChannelsLast ? pixel_stride(tensor) : 1;
+  map = {tensor.data_ptr(), tensor.stride(0), tensor.stride(1), pixel};
+}
+
+at::MemoryFormat memory_format(const Tensor& x) {
+  const bool channels_last = x.is_contiguous(at::MemoryFormat::ChannelsLast) && !x.is_contiguous();
+  return channels_last ? at::MemoryFormat::ChannelsLast : x.suggest_memory_format();
+}
+
+at::MemoryFormat walk_format(const Tensor& x) {
+  return x.size(1) == 1 ? at::MemoryFormat::Contiguous : memory_format(x);
+}
 
 const void* data_of(const std::optional<Tensor>& t) { return t.has_value() ? t->const_data_ptr() : nullptr; }
 
@@ -148,9 +156,7 @@ bool under_transform() {
          c10::impl::tls_is_dispatch_key_included(DispatchKey::FuncTorchDynamicLayerFrontMode);
 }
 
-Tensor empty_map(const Tensor& x) {
-  return at::empty_symint(x.sym_sizes(), x.options(), x.suggest_memory_format());
-}
+Tensor empty_map(const Tensor& x) { return at::empty_symint(x.sym_sizes(), x.options(), memory_format(x)); }
 
 }  // namespace convblocks
 

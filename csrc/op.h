@@ -14,7 +14,8 @@
 //   CONVBLOCKS_REGISTER(Simam)
 //
 // The first argument is the feature map; gradients come in the order of the tensor arguments, an empty tensor for one
-// that is absent.
+// that is absent. An operation that is linear in its map, its only tensor, leaves the map out of the backward: nothing is
+// kept for it, and the kernel of the operation serves both ways.
 #pragma once
 #include <ATen/TensorOperators.h>
 #include <ATen/core/Tensor.h>
@@ -48,7 +49,8 @@ void check_same_dtype(const char* op, const char* name, const std::optional<Tens
                       const Tensor& first);
 void check_grad(const char* op, const Tensor& grad, const Tensor& x);
 // The place of value in names, or an error that lists them.
-int64_t check_one_of(const char* op, const char* argument, std::string_view value, at::ArrayRef<std::string_view> names);
+int64_t check_one_of(const char* op, const char* argument, std::string_view value,
+                     at::ArrayRef<std::string_view> names);
 
 // --- kernels ----------------------------------------------------------------------------------------------------------
 
@@ -81,9 +83,17 @@ class Call : Context {
 };
 
 Dtype dtype_of(const Tensor& t);
-Map map_of(const Tensor& t);
-// t as the kernels can walk it: as it is where its strides allow, else a dense copy in memory format `format`.
-Tensor walkable(const Tensor& t, at::MemoryFormat format);
+// A map as the kernels can walk it in `format`, which all maps of a call share: as it is where its strides allow, else a
+// dense copy, which lives as long as this does.
+struct Walk {
+  Walk(const Tensor& t, at::MemoryFormat format);
+  Tensor tensor;
+  Map map;
+};
+// That of an output: channels_last if x is so laid out, dense or not, else contiguous.
+at::MemoryFormat memory_format(const Tensor& x);
+// That of a call: a single channel is a plane, whatever its strides say.
+at::MemoryFormat walk_format(const Tensor& x);
 const void* data_of(const std::optional<Tensor>& t);
 
 // --- registration -----------------------------------------------------------------------------------------------------
@@ -99,6 +109,12 @@ inline bool wants_grad(const Tensor& t) { return t.defined() && t.requires_grad(
 inline bool wants_grad(const std::optional<Tensor>& t) { return t.has_value() && wants_grad(*t); }
 template <class T>
 bool wants_grad(const T&) {
+  return false;
+}
+
+template <class T>
+bool is_missing(const T& arg) {
+  if constexpr (std::is_same_v<T, Tensor>) return !arg.defined();
   return false;
 }
 
@@ -121,9 +137,10 @@ struct Operator;
 
 template <class Op, class... Args, class Gradient, class... BackwardArgs>
 struct Operator<Op, Tensor (*)(Args...), Gradient (*)(BackwardArgs...)> {
+  static constexpr bool linear = sizeof...(BackwardArgs) == sizeof...(Args);
   static std::string backward_name() { return std::string(Op::name) + "_backward"; }
   static inline KernelSlot forward_slot{std::string("convblocks_") + Op::name};
-  static inline KernelSlot backward_slot{"convblocks_" + backward_name()};
+  static inline KernelSlot backward_slot{"convblocks_" + (linear ? Op::name : backward_name())};
 
   template <class Signature>
   static auto handle(const std::string& name) {
@@ -157,37 +174,54 @@ struct Operator<Op, Tensor (*)(Args...), Gradient (*)(BackwardArgs...)> {
     }
   }
 
-  // Device kernels: where there is nothing to compute, or no kernel, the formula.
-  static Tensor forward(Args... args) {
+  static Grads empty_grads(BackwardArgs... args) {
+    Grads grads;
+    if constexpr (linear)
+      append_grad(grads, std::get<0>(std::tie(args...)));
+    else
+      [&](const Tensor&, const auto&... rest) { (append_grad(grads, rest), ...); }(args...);
+    return grads;
+  }
+  static void check_backward(BackwardArgs... args) {
+    if constexpr (linear) {
+      Op::check(args...);
+    } else {
+      [](const Tensor& grad, const Tensor& x, const auto&... rest) {
+        Op::check(x, rest...);
+        check_grad(Op::name, grad, x);
+      }(args...);
+    }
+  }
+
+  // Devices without kernels of their own.
+  static Tensor fallback(Args... args) {
     Op::check(args...);
+    return Op::formula(args...).contiguous(memory_format(std::get<0>(std::tie(args...))));
+  }
+  static Gradient fallback_backward(BackwardArgs... args) {
+    check_backward(args...);
+    Grads grads = unpack(Op::backward_formula(args...)), like = empty_grads(args...);
+    for (size_t i = 0; i < grads.size(); i++) like[i].copy_(grads[i]);
+    return pack(like);
+  }
+  // Devices with kernels: where there is nothing to compute, or none is loaded, the formula.
+  static Tensor forward(Args... args) {
     const Tensor& x = std::get<0>(std::tie(args...));
-    if (x.numel() == 0 || !forward_slot.on(x)) return Op::formula(args...).contiguous(x.suggest_memory_format());
+    if (x.numel() == 0 || !forward_slot.on(x)) return fallback(args...);
+    Op::check(args...);
     c10::DeviceGuard guard(x.device());
     Tensor y = empty_map(x);
     Op::run(Call(Op::name, forward_slot, x), y, args...);
     return y;
   }
-  static Grads empty_grads(const Tensor&, Args... args) {
-    Grads grads;
-    (append_grad(grads, args), ...);
-    return grads;
-  }
   static Gradient backward(BackwardArgs... args) {
+    const Tensor& x = std::get<linear ? 0 : 1>(std::tie(args...));
+    if (x.numel() == 0 || !backward_slot.on(x)) return fallback_backward(args...);
     check_backward(args...);
-    const Tensor& x = std::get<1>(std::tie(args...));
-    if (x.numel() == 0 || !backward_slot.on(x)) {
-      Grads grads = unpack(Op::backward_formula(args...)), like = empty_grads(args...);
-      for (size_t i = 0; i < grads.size(); i++) like[i].copy_(grads[i]);
-      return pack(like);
-    }
     c10::DeviceGuard guard(x.device());
     Grads grads = empty_grads(args...);
     Op::run_backward(Call(Op::name, backward_slot, x), grads, args...);
     return pack(grads);
-  }
-  static void check_backward(const Tensor& grad, Args... args) {
-    Op::check(args...);
-    check_grad(Op::name, grad, std::get<0>(std::tie(args...)));
   }
 
   static Tensor meta(Args... args) {
@@ -208,7 +242,7 @@ struct Operator<Op, Tensor (*)(Args...), Gradient (*)(BackwardArgs...)> {
       auto keep = [&](const auto& arg) {
         using T = std::decay_t<decltype(arg)>;
         if constexpr (std::is_same_v<T, Tensor>) {
-          saved.push_back(arg);
+          saved.push_back(linear ? Tensor() : arg);
         } else if constexpr (std::is_same_v<T, std::optional<Tensor>>) {
           saved.push_back(arg.value_or(Tensor()));
         } else if constexpr (std::is_same_v<T, std::string_view>) {
@@ -243,10 +277,17 @@ struct Operator<Op, Tensor (*)(Args...), Gradient (*)(BackwardArgs...)> {
       };
       // Braces: the arguments are restored from left to right.
       std::tuple<std::decay_t<Args>...> args{restore(std::type_identity<std::decay_t<Args>>())...};
-      Grads grads = unpack(std::apply([&](const auto&... a) { return call_backward(grad[0], a...); }, args));
+      Grads grads = unpack(std::apply(
+          [&](const auto& x, const auto&... rest) {
+            if constexpr (linear)
+              return call_backward(grad[0], rest...);
+            else
+              return call_backward(grad[0], x, rest...);
+          },
+          args));
       variable_list result;
       tensor = 0;
-      ((result.push_back(is_tensor_argument<Args> && saved[tensor].defined() ? grads[tensor] : Tensor()),
+      ((result.push_back(is_tensor_argument<Args> && (linear || saved[tensor].defined()) ? grads[tensor] : Tensor()),
         tensor += is_tensor_argument<Args>),
        ...);
       return result;
@@ -259,11 +300,11 @@ struct Operator<Op, Tensor (*)(Args...), Gradient (*)(BackwardArgs...)> {
       at::AutoDispatchBelowADInplaceOrView guard;
       return call(args...);
     }
+    if ((is_missing(args) || ...)) Op::check(args...);  // which says so; autograd would crash
     return Node::apply(args...);
   }
   static Gradient backward_autograd(BackwardArgs... args) {
-    if (under_transform() || (has_tangent(args) || ...) ||
-        (at::GradMode::is_enabled() && (wants_grad(args) || ...))) {
+    if (under_transform() || (has_tangent(args) || ...) || (at::GradMode::is_enabled() && (wants_grad(args) || ...))) {
       return (check_backward(args...), Op::backward_formula(args...));
     }
     at::AutoDispatchBelowADInplaceOrView guard;
@@ -289,16 +330,23 @@ struct Operator<Op, Tensor (*)(Args...), Gradient (*)(BackwardArgs...)> {
 
 }  // namespace convblocks
 
-#define CONVBLOCKS_REGISTER(Op)                                                                              \
-  TORCH_LIBRARY_FRAGMENT(convblocks, m) { Operator<Op>::define(m); }                                         \
-  TORCH_LIBRARY_IMPL(convblocks, CPU, m) { Operator<Op>::implement(m, Operator<Op>::forward, Operator<Op>::backward); }  \
-  TORCH_LIBRARY_IMPL(convblocks, CUDA, m) { Operator<Op>::implement(m, Operator<Op>::forward, Operator<Op>::backward); } \
-  TORCH_LIBRARY_IMPL(convblocks, Meta, m) {                                                                  \
-    Operator<Op>::implement(m, Operator<Op>::meta, Operator<Op>::backward_meta);                             \
-  }                                                                                                          \
-  TORCH_LIBRARY_IMPL(convblocks, Autograd, m) {                                                              \
-    Operator<Op>::implement(m, Operator<Op>::autograd, Operator<Op>::backward_autograd);                     \
-  }                                                                                                          \
-  TORCH_LIBRARY_IMPL(convblocks, FuncTorchBatched, m) {                                                      \
-    Operator<Op>::implement(m, Operator<Op>::batched, Op::backward_formula);                                 \
+#define CONVBLOCKS_REGISTER(Op)                                                          \
+  TORCH_LIBRARY_FRAGMENT(convblocks, m) { Operator<Op>::define(m); }                     \
+  TORCH_LIBRARY_IMPL(convblocks, CPU, m) {                                               \
+    Operator<Op>::implement(m, Operator<Op>::forward, Operator<Op>::backward);           \
+  }                                                                                      \
+  TORCH_LIBRARY_IMPL(convblocks, CUDA, m) {                                              \
+    Operator<Op>::implement(m, Operator<Op>::forward, Operator<Op>::backward);           \
+  }                                                                                      \
+  TORCH_LIBRARY_IMPL(convblocks, CompositeExplicitAutograd, m) {                         \
+    Operator<Op>::implement(m, Operator<Op>::fallback, Operator<Op>::fallback_backward); \
+  }                                                                                      \
+  TORCH_LIBRARY_IMPL(convblocks, Meta, m) {                                              \
+    Operator<Op>::implement(m, Operator<Op>::meta, Operator<Op>::backward_meta);         \
+  }                                                                                      \
+  TORCH_LIBRARY_IMPL(convblocks, Autograd, m) {                                          \
+    Operator<Op>::implement(m, Operator<Op>::autograd, Operator<Op>::backward_autograd); \
+  }                                                                                      \
+  TORCH_LIBRARY_IMPL(convblocks, FuncTorchBatched, m) {                                  \
+    Operator<Op>::implement(m, Operator<Op>::batched, Op::backward_formula);             \
   }

@@ -45,15 +45,15 @@ struct Simam {
   }
 
   static void run(const Call& kernel, const Tensor& y, const Tensor& x, double e_lambda) {
-    const Tensor in = walkable(x, y.suggest_memory_format());
-    kernel(SimamArgs{dtype_of(x), x.size(0), x.size(1), x.size(2) * x.size(3), e_lambda, map_of(in), map_of(y)});
+    const auto format = walk_format(x);
+    kernel(SimamArgs{dtype_of(x), x.size(0), x.size(1), x.size(2) * x.size(3), e_lambda, Walk(x, format).map,
+                     Walk(y, format).map});
   }
 
   static void run_backward(const Call& kernel, Grads& grads, const Tensor& grad, const Tensor& x, double e_lambda) {
-    const auto format = x.suggest_memory_format();
-    const Tensor g = walkable(grad, format), in = walkable(x, format);
-    kernel(SimamBackwardArgs{dtype_of(x), x.size(0), x.size(1), x.size(2) * x.size(3), e_lambda, map_of(g), map_of(in),
-                             map_of(grads[0])});
+    const auto format = walk_format(x);
+    kernel(SimamBackwardArgs{dtype_of(x), x.size(0), x.size(1), x.size(2) * x.size(3), e_lambda, Walk(grad, format).map,
+                             Walk(x, format).map, Walk(grads[0], format).map});
   }
 };
 

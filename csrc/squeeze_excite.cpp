@@ -34,6 +34,7 @@ struct SqueezeExcite {
     check_feature_map(name, x);
     check_parameter(name, "w1", w1, x);
     check_parameter(name, "b1", b1, x);
+    TORCH_CHECK_TYPE(w2.defined(), name, ": expected w2 to be a tensor, got None");
     check_parameter(name, "w2", w2, x);
     check_parameter(name, "b2", b2, x);
     check_same_dtype(name, "w1", w1, "w2", w2);
@@ -101,7 +102,9 @@ struct SqueezeExcite {
                                     std::string_view gate, bool add_maxpool) {
     const Terms s = terms(x, w1, b1, w2, b2, activation, gate, add_maxpool);
     const auto plane = [](const Tensor& t) { return t.unsqueeze(-1).unsqueeze(-1); };
-    const auto like = [](const Tensor& g, const Tensor& w) { return g.reshape_symint(w.sym_sizes()).to(w.scalar_type()); };
+    const auto like = [](const Tensor& g, const Tensor& w) {
+      return g.reshape_symint(w.sym_sizes()).to(w.scalar_type());
+    };
     const Tensor none = at::empty({0}, x.options());
 
     const Tensor dlogit = apply_gate_backward((grad * x).sum({2, 3}), s.logit, s.gate, gate_of(gate));
@@ -131,8 +134,9 @@ struct SqueezeExcite {
     for (auto& t : dense) {
       if (t.has_value()) t = t->contiguous();
     }
-    return {dtype_of(w2),      w1.has_value() ? w1->size(0) : 0, data_of(dense[0]), data_of(dense[1]), data_of(dense[2]),
-            data_of(dense[3]), activation_of(activation),        gate_of(gate),     add_maxpool};
+    return {
+        dtype_of(w2),      w1.has_value() ? w1->size(0) : 0, data_of(dense[0]), data_of(dense[1]), data_of(dense[2]),
+        data_of(dense[3]), activation_of(activation),        gate_of(gate),     add_maxpool};
   }
 
   static void run(const Call& kernel, const Tensor& y, const Tensor& x, const MaybeTensor& w1, const MaybeTensor& b1,
@@ -140,8 +144,9 @@ struct SqueezeExcite {
                   bool add_maxpool) {
     std::array<MaybeTensor, 4> dense;
     const auto w = weights(w1, b1, w2, b2, activation, gate, add_maxpool, dense);
-    const Tensor in = walkable(x, y.suggest_memory_format());
-    kernel(SqueezeExciteArgs{dtype_of(x), x.size(0), x.size(1), x.size(2) * x.size(3), w, map_of(in), map_of(y)});
+    const auto format = walk_format(x);
+    kernel(SqueezeExciteArgs{dtype_of(x), x.size(0), x.size(1), x.size(2) * x.size(3), w, Walk(x, format).map,
+                             Walk(y, format).map});
   }
 
   static void run_backward(const Call& kernel, Grads& grads, const Tensor& grad, const Tensor& x, const MaybeTensor& w1,
@@ -149,11 +154,11 @@ struct SqueezeExcite {
                            std::string_view gate, bool add_maxpool) {
     std::array<MaybeTensor, 4> dense;
     const auto w = weights(w1, b1, w2, b2, activation, gate, add_maxpool, dense);
-    const auto format = x.suggest_memory_format();
-    const Tensor g = walkable(grad, format), in = walkable(x, format);
+    const auto format = walk_format(x);
     const auto out = [&](size_t i) { return grads[i].numel() ? grads[i].data_ptr() : nullptr; };
-    kernel(SqueezeExciteBackwardArgs{dtype_of(x), x.size(0), x.size(1), x.size(2) * x.size(3), w, map_of(g), map_of(in),
-                                     map_of(grads[0]), out(1), out(2), out(3), out(4)});
+    kernel(SqueezeExciteBackwardArgs{dtype_of(x), x.size(0), x.size(1), x.size(2) * x.size(3), w,
+                                     Walk(grad, format).map, Walk(x, format).map, Walk(grads[0], format).map, out(1),
+                                     out(2), out(3), out(4)});
   }
 };
 

@@ -36,7 +36,9 @@ def power_of_2(n: int) -> int:
 
 
 def is_channels_last(x: Tensor) -> bool:
-    """What ``x.suggest_memory_format()`` says in C++."""
+    """What ``memory_format`` says in csrc/op.cpp."""
+    if x.is_contiguous(memory_format=torch.channels_last) and not x.is_contiguous():
+        return True
     (n, c, h, w), (sn, sc, sh, sw) = x.shape, x.stride()
     if sc == 0 or 0 in (n, c, h, w):
         return False

@@ -20,6 +20,7 @@ from convblocks.accelerate.rule import Accelerated, Refused, Rule, become, repla
 from convblocks.blocks.arguments import qualified_name
 from convblocks.ops.checks import FLOATING
 
+BACKENDS = tuple(b for b in backends.BACKENDS if b != "triton")  # it takes the place of another one, in all calls
 _HOOKS = ("_forward_pre_hooks", "_forward_hooks", "_backward_pre_hooks", "_backward_hooks")
 _WRAPPERS = {
     "torch._dynamo.eval_frame.OptimizedModule": "it is inside a compiled module: accelerate before torch.compile",
@@ -144,8 +145,8 @@ def accelerate(
         include, exclude: patterns as of a shell ("layer4.*", "timm.*") for the name of a module in the model or the
             qualified name of its class. Without include, all.
         filter_fn: called with a module and its name; False leaves it out.
-        backend: "auto" takes the best backend at every call, and heeds ``use_backend``. "reference", "cpu", "triton" or
-            "cuda" keeps these modules on that one.
+        backend: "auto" takes the best backend at every call, and heeds ``use_backend``. "reference", "cpu" or "cuda"
+            keeps these modules on that one.
         verify: "sample" compares the output and all gradients of each module with the original's, on copies and a
             small random input on its device and in its dtype, and leaves it where they do not agree. "off" does not.
         dry_run: checks and reports only.
@@ -168,8 +169,9 @@ def accelerate(
         raise TypeError(f"accelerate: expected a torch.nn.Module, got {type(model).__name__}")
     if verify not in ("sample", "off"):
         raise ValueError(f"accelerate: expected verify to be sample or off, got {verify}")
-    if backend not in backends.BACKENDS:
-        raise ValueError(f"accelerate: expected a backend of {', '.join(backends.BACKENDS)}, got {backend}")
+    if backend not in BACKENDS:
+        hint = " (use_backend and CONVBLOCKS_BACKEND choose it for the process)" if backend == "triton" else ""
+        raise ValueError(f"accelerate: expected a backend of {', '.join(BACKENDS)}, got {backend}{hint}")
     entries: list[Entry] = []
     acts: list[Callable[[], None]] = []
     missing: list[str] = []
@@ -218,9 +220,13 @@ def revert(model: nn.Module) -> None:
     """
     if not isinstance(model, nn.Module):
         raise TypeError(f"revert: expected a torch.nn.Module, got {type(model).__name__}")
-    for module in model.modules():
-        if isinstance(module, Accelerated):
-            restore(module)
+    replaced = [module for module in model.modules() if isinstance(module, Accelerated)]
+    for module in replaced:  # all or none
+        if "rule" not in vars(type(module)):
+            name = type(module).__name__
+            raise RuntimeError(f"revert: expected a replaced module as accelerate() left it, got a {name} of it")
+    for module in replaced:
+        restore(module)
 
 
 def is_accelerated(module: nn.Module) -> bool:

@@ -55,9 +55,16 @@ class Accelerated:
 
     def __setattr__(self, name: str, value: Any) -> None:
         assert isinstance(self, nn.Module)
-        if name in self._modules:  # the options were read from the child that goes now
+        # The options were read from the child that goes now. A replica of DataParallel only gets its own copies.
+        if name in self.__dict__.get("_modules", ()) and "_is_replica" not in self.__dict__:
             restore(self)
         nn.Module.__setattr__(self, name, value)
+
+    def add_module(self, name: str, module: nn.Module | None) -> None:
+        assert isinstance(self, nn.Module)
+        if name in self._modules:
+            restore(self)
+        nn.Module.add_module(self, name, module)
 
 
 def _run_on(backend: str, operator: Operator) -> Run:
@@ -66,11 +73,7 @@ def _run_on(backend: str, operator: Operator) -> Run:
     def run(*args: Any) -> Tensor:
         return operator.run_on(backend, args)
 
-    def run_triton(*args: Any) -> Tensor:
-        with backends.use_backend("triton"):  # its kernels have to take the place of others
-            return operator(*args)
-
-    return run_triton if backend == "triton" else run
+    return run
 
 
 @functools.cache
@@ -106,8 +109,6 @@ def become(module: nn.Module, cls: type[nn.Module], options: Mapping[str, str]) 
 def restore(module: nn.Module) -> None:
     """Makes a replaced module what it was."""
     cls: Any = type(module)
-    if "rule" not in vars(cls):
-        raise RuntimeError(f"revert: expected a replaced module as accelerate() left it, got a {cls.__name__} of it")
     module.__class__ = cls.source
     for name in cls.rule.options:
         del module.__dict__[name]

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from convblocks.blocks.arguments import Layer, function_name, ignore, positive
+from convblocks.blocks.layers import fusible
 from convblocks.ops.checks import one_of
 from convblocks.ops.eca import PADDINGS, operator
 from convblocks.ops.gate import GATES
@@ -18,14 +19,10 @@ def fused_forward(run: Callable[..., Tensor] = operator) -> Callable[[Any, Tenso
 
     def forward(self: Any, x: Tensor) -> Tensor:
         conv = self._modules["conv"]
-        try:
-            p = conv._parameters
-            weight, bias = p["weight"], p["bias"]
-        except KeyError:
+        if not fusible(x, nn.Conv1d, conv):
             return self.unfused(x)  # type: ignore[no-any-return]
-        if conv._forward_hooks or conv._forward_pre_hooks:
-            return self.unfused(x)  # type: ignore[no-any-return]
-        return run(x, weight, bias, self.gate_name, self.padding_mode)
+        p = conv._parameters
+        return run(x, p["weight"], p["bias"], self.gate_name, self.padding_mode)
 
     return forward
 

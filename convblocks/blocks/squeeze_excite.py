@@ -7,6 +7,7 @@ import torch
 from torch import Tensor, nn
 
 from convblocks.blocks.arguments import Layer, function_name, ignore, positive
+from convblocks.blocks.layers import fusible
 from convblocks.ops.gate import ACTIVATIONS, GATES
 from convblocks.ops.squeeze_excite import operator
 
@@ -14,21 +15,16 @@ from convblocks.ops.squeeze_excite import operator
 def fused_forward(fc1: str, fc2: str, run: Callable[..., Tensor] = operator) -> Callable[[Any, Tensor], Tensor]:
     """A forward that runs the layers called ``fc1`` and ``fc2`` as one operation.
 
-    The parameters are read from the dictionaries of the modules: an attribute of a module costs as much as half an
-    operation. Where they are not there (pruned, parametrized, replaced by another kind of layer), or a layer has hooks,
-    ``self.unfused`` computes what the layers would.
+    Where one has become something else (``fusible``), ``self.unfused`` computes what the layers would.
     """
 
     def forward(self: Any, x: Tensor) -> Tensor:
         layers = self._modules
         a, b = layers[fc1], layers[fc2]
-        try:
-            p, q = a._parameters, b._parameters
-            w1, b1, w2, b2 = p["weight"], p["bias"], q["weight"], q["bias"]
-        except KeyError:
+        if self.has_norm or not fusible(x, nn.Conv2d, a, b):
             return self.unfused(x)  # type: ignore[no-any-return]
-        if a._forward_hooks or a._forward_pre_hooks or b._forward_hooks or b._forward_pre_hooks or self.has_norm:
-            return self.unfused(x)  # type: ignore[no-any-return]
+        p, q = a._parameters, b._parameters
+        w1, b1, w2, b2 = p["weight"], p["bias"], q["weight"], q["bias"]
         return run(x, w1, b1, w2, b2, self.activation_name, self.gate_name, self.add_maxpool)
 
     return forward
@@ -39,14 +35,10 @@ def fused_one_layer_forward(fc: str, run: Callable[..., Tensor] = operator) -> C
 
     def forward(self: Any, x: Tensor) -> Tensor:
         layer = self._modules[fc]
-        try:
-            p = layer._parameters
-            weight, bias = p["weight"], p["bias"]
-        except KeyError:
+        if not fusible(x, nn.Conv2d, layer):
             return self.unfused(x)  # type: ignore[no-any-return]
-        if layer._forward_hooks or layer._forward_pre_hooks:
-            return self.unfused(x)  # type: ignore[no-any-return]
-        return run(x, None, None, weight, bias, "relu", self.gate_name, self.add_maxpool)
+        p = layer._parameters
+        return run(x, None, None, p["weight"], p["bias"], "relu", self.gate_name, self.add_maxpool)
 
     return forward
 

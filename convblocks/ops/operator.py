@@ -16,6 +16,11 @@ _library = torch.library.Library("convblocks", "FRAGMENT")  # alive for ever: it
 
 def memory_format(x: Tensor) -> torch.memory_format:
     """The memory format of an operation's output: channels_last if x is so laid out (dense or not), else contiguous."""
+    (n, c, h, w), (_, sc, sh, sw) = x.shape, x.stride()
+    if (
+        n == 1 and c > 1 and h * w > 1 and sc == 1 and (w == 1 or sw == c) and (h == 1 or sh == w * c)
+    ):  # any batch stride
+        return torch.channels_last
     return torch._prims_common.suggest_memory_format(x)
 
 
@@ -26,10 +31,20 @@ class Operator:
     the reference, which torch differentiates and decomposes.
     """
 
-    def __init__(self, name: str, schema: str, check: Callable[..., None], reference: Callable[..., Tensor]) -> None:
-        self.name, self.check, self.reference = name, check, reference
+    def __init__(
+        self,
+        name: str,
+        schema: str,
+        check: Callable[..., None],
+        reference: Callable[..., Tensor],
+        *,
+        linear: bool = False,  # in its map, its only tensor: the backward takes no map
+    ) -> None:
+        self.name, self.check, self.reference, self.linear = name, check, reference, linear
         backends.load_extension()
-        if backends.extension_error is not None:
+        if backends.extension_error is None and not hasattr(torch.ops.convblocks, name):
+            backends.stale.add(name)
+        if backends.extension_error is not None or name in backends.stale:
             _library.define(f"{name}{schema}", tags=(torch.Tag.pt2_compliant_tag, torch.Tag.flexible_layout))
             _library.impl(name, self.run_reference, "CompositeImplicitAutograd")
         self.packet = getattr(torch.ops.convblocks, name)
@@ -51,10 +66,14 @@ class Operator:
         return y
 
     def check_backward(self, grad: Tensor, *args: Any) -> None:
+        if self.linear:
+            return self.check(grad, *args)
         checks.gradient(self.name, grad, args[0])
         self.check(*args)
 
     def run_reference(self, *args: Any) -> Tensor:
         self.check(*args)
         x: Tensor = args[0]
-        return self.reference(*args).contiguous(memory_format=memory_format(x))
+        y, layout = self.reference(*args), memory_format(x)
+        # A map of one channel is contiguous in both formats, whichever of their strides it has.
+        return y.contiguous(memory_format=layout) if x.shape[1] > 1 else y.clone(memory_format=layout)

@@ -25,6 +25,8 @@ def check(
 ) -> None:
     op = "squeeze_excite"
     checks.feature_map(op, x)
+    if w2 is None:
+        raise TypeError(f"{op}: expected w2 to be a tensor, got None")
     for name, t in (("w1", w1), ("b1", b1), ("w2", w2), ("b2", b2)):
         checks.parameter(op, name, t, x)
     checks.one_dtype(op, w2=w2, w1=w1, b1=b1, b2=b2)

@@ -149,6 +149,16 @@ def test_hooks_on_the_module_fire(model: nn.Module, x: Tensor) -> None:
     assert seen == ["forward", "backward"]
 
 
+class _Doubled(nn.Conv2d):
+    @classmethod
+    def of(cls, layer: nn.Module) -> nn.Module:
+        layer.__class__ = cls
+        return layer
+
+    def forward(self, x: Tensor) -> Tensor:
+        return super().forward(x) * 2
+
+
 SURGERY: dict[str, Callable[[Any], object]] = {
     "pruned": lambda m: prune.l1_unstructured(m.fc1, "weight", 0.5),
     "parametrized": lambda m: parametrize.register_parametrization(m.fc2, "weight", nn.Tanh()),
@@ -156,10 +166,13 @@ SURGERY: dict[str, Callable[[Any], object]] = {
     "old spectral norm": lambda m: nn.utils.spectral_norm(m.fc2),
     "hooked": lambda m: m.fc1.register_forward_hook(lambda module, args, y: 2 * y),
     "pre-hooked": lambda m: m.fc2.register_forward_pre_hook(lambda module, args: (2 * args[0],)),
+    "own forward": lambda m: setattr(m.fc1, "forward", lambda x: nn.Conv2d.forward(m.fc1, x) * 2),
     "wrapped layer": lambda m: setattr(m, "fc1", nn.Sequential(m.fc1, nn.LeakyReLU(0.5))),
     "wrapped layer, underhand": lambda m: m._modules.update(fc1=nn.Sequential(m.fc1, nn.LeakyReLU(0.5))),
     "new layer": lambda m: setattr(m, "fc1", nn.Conv2d(CHANNELS, 8, 1)),
     "new activation": lambda m: setattr(m, "act", nn.Mish()),
+    "new activation, added": lambda m: m.add_module("act", nn.Mish()),
+    "subclass of a layer, underhand": lambda m: m._modules.update(fc1=_Doubled.of(m.fc1)),
     "new gate": lambda m: setattr(m, "gate", nn.Tanh()),
     "a norm": lambda m: setattr(m, "bn", nn.BatchNorm2d(8)),
     "maximum": lambda m: setattr(m, "add_maxpool", True),
@@ -305,3 +318,41 @@ def test_foreign_libraries_are_not_imported_and_the_function_hides_its_package()
         assert isinstance(convblocks.accelerate(nn.Conv2d(1, 1, 1)), Report)
     """
     subprocess.run([sys.executable, "-c", code], check=True, cwd=ROOT)
+
+
+def test_backward_hook_of_a_layer_afterwards_fires() -> None:
+    module = made(lambda: SEModule(CHANNELS))
+    convblocks.accelerate(module, strict=True)
+    seen: list[str] = []
+    module.fc2.register_full_backward_hook(lambda *_: seen.append("full"))
+    module(torch.randn(2, CHANNELS, 6, 6, requires_grad=True)).sum().backward()
+    assert seen == ["full"]
+
+
+def test_replicas_of_data_parallel() -> None:
+    module = made(lambda: SEModule(CHANNELS))
+    convblocks.accelerate(module, strict=True)
+    replica = module._replicate_for_data_parallel()
+    for name, child in module.named_children():
+        copied = child._replicate_for_data_parallel()
+        for key, parameter in child.named_parameters():
+            setattr(copied, key, parameter.detach())
+        setattr(replica, name, copied)
+    x = torch.randn(2, CHANNELS, 6, 6)
+    torch.testing.assert_close(replica(x), module(x))
+    assert type(replica) is type(module)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("parameter_dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("make", [lambda: SEModule(CHANNELS), lambda: EcaModule(CHANNELS)], ids=["se", "eca"])
+def test_any_dtypes_under_autocast(
+    make: Callable[[], nn.Module], dtype: torch.dtype, parameter_dtype: torch.dtype
+) -> None:
+    module, x = made(make).to(parameter_dtype), torch.randn(2, CHANNELS, 6, 6).to(dtype)
+    fast = copy.deepcopy(module)
+    convblocks.accelerate(fast, strict=True)
+    with torch.autocast("cpu", torch.bfloat16):
+        before, after = module(x), fast(x)
+    assert before.dtype == after.dtype
+    torch.testing.assert_close(after, before, rtol=0.05, atol=0.05)

@@ -21,7 +21,7 @@ from convblocks import backends
 from convblocks.opinfo import OPS, OpInfo, Options, Size
 from tests.gpu import sass
 from tests.gpu.emulator import BUILD, KERNELS, ROOT
-from tests.ops.common import dtype_pairs, each_option, operands, random_like
+from tests.ops.common import backward_operands, dtype_pairs, each_option, operands, random_like
 
 triton = pytest.importorskip("triton")
 tl = pytest.importorskip("triton.language")
@@ -127,7 +127,8 @@ def _check(info: OpInfo, case: Case) -> None:
     module = importlib.import_module(f"convblocks.kernels.{info.name}")
     sample = info.sample(case.size, case.options, dtype=dtype, parameter_dtype=parameter_dtype, layout=case.layout)
     arguments, grad = operands(info, sample), random_like(sample.x, case.layout)
-    for name, inputs in ((info.name, arguments), (f"{info.name}_backward", (grad, *arguments))):
+    backward = backward_operands(info, sample, grad)
+    for name, inputs in ((info.name, arguments), (f"{info.name}_backward", backward)):
         with captured(case.arch) as launches:
             getattr(module, name)(*inputs)
         assert launches

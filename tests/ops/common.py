@@ -88,6 +88,12 @@ def operands(info: OpInfo, sample: Sample) -> tuple[Any, ...]:
     return tuple(call.arguments.values())
 
 
+def backward_operands(info: OpInfo, sample: Sample, grad: Tensor) -> tuple[Any, ...]:
+    """Those of the backward operator."""
+    args = operands(info, sample)
+    return (grad, *(args[1:] if info.linear else args))
+
+
 def operator(info: OpInfo, backward: bool = False) -> Any:
     return getattr(torch.ops.convblocks, info.name + ("_backward" if backward else "")).default
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import os
 import subprocess
 import sys
@@ -12,6 +13,7 @@ import torch
 import convblocks
 from convblocks import backends
 from convblocks.opinfo import OPS, OpInfo
+from tests.conftest import INTERPRETED
 from tests.ops.common import each_op, once
 
 
@@ -46,6 +48,34 @@ def test_contexts_nest_and_end_after_an_error() -> None:
             raise KeyError
         assert backends.selected == "reference"
     assert backends.selected == "auto"
+
+
+def test_contexts_of_two_threads_may_overlap() -> None:
+    first, second = convblocks.use_backend("reference"), convblocks.use_backend("cpu")
+    first.__enter__()
+    second.__enter__()
+    first.__exit__(None, None, None)
+    assert backends.selected == "cpu"
+    second.__exit__(None, None, None)
+    assert backends.selected == "auto"
+
+
+@pytest.mark.skipif(not INTERPRETED, reason="Triton runs here on its interpreter only")
+@each_op
+def test_a_context_inside_tritons_takes_its_kernels_out(info: OpInfo, monkeypatch: pytest.MonkeyPatch) -> None:
+    sample = info.sample((1, 4, 3, 3))
+    module = importlib.import_module(f"convblocks.kernels.{info.name}")
+    kernel, calls = getattr(module, info.name), []
+    monkeypatch.setattr(module, info.name, lambda *args: calls.append(args) or kernel(*args))
+    with convblocks.use_backend("triton"):
+        info.op(*sample.args, **sample.kwargs)
+        assert len(calls) == 1
+        for name in ("auto", "cpu"):
+            with convblocks.use_backend(name):
+                info.op(*sample.args, **sample.kwargs)
+        assert len(calls) == 1
+        info.op(*sample.args, **sample.kwargs)
+    assert len(calls) == 2
 
 
 @pytest.mark.parametrize("name", [b for b in backends.BACKENDS if b not in ("auto", "reference")])

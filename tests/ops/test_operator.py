@@ -18,6 +18,7 @@ from tests.ops.common import (
     SLOW,
     affordable,
     as_function,
+    backward_operands,
     each_layout,
     each_op,
     each_option,
@@ -69,7 +70,7 @@ def test_opcheck_backward(info: OpInfo, shape: str, compiled: str, device: str) 
     fast = ("test_schema", "test_autograd_registration", "test_faketensor")
     traced = shape in ("contiguous", "channels_last_slice", "no samples") and not SLOW  # the second derivative
     utils = (*fast, "test_aot_dispatch_dynamic") if traced else fast
-    opcheck(operator(info, backward=True), (grad, *operands(info, sample)), test_utils=utils)
+    opcheck(operator(info, backward=True), backward_operands(info, sample, grad), test_utils=utils)
 
 
 @each_layout
@@ -78,12 +79,13 @@ def test_memory_format(info: OpInfo, options: Options, layout: str, backend: str
     """The output and the gradient of the map are dense, in the memory format of the map."""
     for size in affordable(info.sizes, 1, f"{options}{layout}"):
         sample = with_grad(info.sample(size, options, layout=layout, device=device))
-        y, grad_x = run(info.op, sample, torch.ones_like(sample.x))[:2]
+        grad = torch.ones_like(sample.x)
+        y, grad_x = run(info.op, sample, grad)[:2]
         expected = torch.empty(size, device="meta", memory_format=memory_format(sample.x)).stride()
         assert y.stride() == expected
         assert y.untyped_storage().data_ptr() not in {t.untyped_storage().data_ptr() for t in sample.tensors()}
         if size[2] * size[3] > 1 and backend != "reference":
-            assert grad_x.is_contiguous(memory_format=memory_format(sample.x))
+            assert grad_x.is_contiguous(memory_format=memory_format(grad if info.linear else sample.x))
 
 
 @each_layout
@@ -91,9 +93,10 @@ def test_memory_format(info: OpInfo, options: Options, layout: str, backend: str
 def test_meta_agrees(info: OpInfo, options: Options, layout: str, compiled: str, device: str) -> None:
     """Size, stride and dtype, forward and backward."""
     for size in affordable(info.sizes, 1, f"{options}{layout}"):
-        args = operands(info, info.sample(size, options, dtype=torch.bfloat16, layout=layout, device=device))
-        grad = random_like(args[0], "channels_last")
-        for op, real in ((operator(info), args), (operator(info, backward=True), (grad, *args))):
+        sample = info.sample(size, options, dtype=torch.bfloat16, layout=layout, device=device)
+        args, grad = operands(info, sample), random_like(sample.x, "channels_last")
+        pairs = (operator(info), args), (operator(info, backward=True), backward_operands(info, sample, grad))
+        for op, real in pairs:
             result, meta = op(*real), op(*map(_to_meta, real))
             pairs = zip(result, meta, strict=True) if isinstance(result, tuple) else [(result, meta)]
             for r, m in pairs:

@@ -33,3 +33,13 @@ def test_records_functions_and_operators_are_the_same() -> None:
 @pytest.mark.parametrize("name", OPS)
 def test_has_its_file(name: str, room: str) -> None:
     assert (ROOT / room.format(name)).is_file()
+
+
+def test_kernels_import_nothing_of_the_package_but_kernels() -> None:
+    imports = [
+        (file.name, line)
+        for file in (ROOT / "kernels").rglob("*.py")
+        for line in file.read_text().splitlines()
+        if line.lstrip().startswith(("import convblocks", "from convblocks"))
+    ]
+    assert [i for i in imports if "convblocks.kernels" not in i[1]] == []

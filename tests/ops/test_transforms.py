@@ -69,6 +69,8 @@ def test_jvp(info: OpInfo, options: Options, backend: str, device: str) -> None:
 
 @each_op
 def test_forward_mode_where_a_gradient_is_wanted_too(info: OpInfo, backend: str, device: str) -> None:
+    if info.linear:
+        pytest.skip("its tangent does not depend on the map")
     sample, op, reference = _both(info, None, device)
     tensors = with_grad(sample).tensors()
     results = []
