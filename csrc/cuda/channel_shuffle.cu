@@ -102,8 +102,9 @@ void launch(const Context& context, const ChannelShuffleArgs& args, bool channel
     }
   };
   const auto constant = [&]<int FEW>(std::integral_constant<int, FEW> size) {
-    if (many % V == 0)
-      matrix(std::integral_constant<int, V>{}, size);
+    constexpr int W = V * FEW > 32 ? 32 / FEW : V;  // what a thread holds without spills
+    if (many % W == 0)
+      matrix(std::integral_constant<int, W>{}, size);
     else
       matrix(std::integral_constant<int, 1>{}, size);
   };
