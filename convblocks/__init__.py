@@ -11,11 +11,19 @@ import torch as _torch  # noqa: E402, F401  (the compiled part links to its libr
 from convblocks import backends, ops  # noqa: E402
 from convblocks.accelerate import accelerate, is_accelerated, revert  # noqa: E402  (the function hides its package)
 from convblocks.backends import use_backend, why_not  # noqa: E402
-from convblocks.blocks import ECA, EffectiveSqueezeExcite, SimAM, SqueezeExcite, convert_state_dict  # noqa: E402
+from convblocks.blocks import (  # noqa: E402
+    ECA,
+    ChannelShuffle,
+    EffectiveSqueezeExcite,
+    SimAM,
+    SqueezeExcite,
+    convert_state_dict,
+)
 
 __version__ = "0.1.0"
 __all__ = [
     "ECA",
+    "ChannelShuffle",
     "EffectiveSqueezeExcite",
     "SimAM",
     "SqueezeExcite",

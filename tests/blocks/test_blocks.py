@@ -106,6 +106,16 @@ def test_simam(backend: str, device: str) -> None:
     assert not convblocks.SimAM().state_dict()
 
 
+@pytest.mark.parametrize("groups", [1, 2, 3, 12])
+def test_channel_shuffle_and_its_inverse(groups: int, backend: str, device: str) -> None:
+    x = torch.randn(2, 12, 5, 5, device=device)
+    y = convblocks.ChannelShuffle(groups)(x)
+    torch.testing.assert_close(y, nn.ChannelShuffle(groups)(x), rtol=0, atol=0)
+    torch.testing.assert_close(convblocks.ChannelShuffle(groups, inverse=True)(y), x, rtol=0, atol=0)
+    with pytest.raises(ValueError, match="channel_shuffle: expected groups that divide the 12 channels, got 5"):
+        convblocks.ChannelShuffle(5, inverse=True)(x)
+
+
 ALL = {
     "SqueezeExcite": convblocks.SqueezeExcite,
     "EffectiveSqueezeExcite": convblocks.EffectiveSqueezeExcite,
@@ -225,6 +235,7 @@ def test_names_of_activations(layer: Any, name: str) -> None:
         (partial(ALL["ECA"], padding_mode="same"), ValueError, "expected padding_mode to be one of zeros, circular"),
         (partial(ALL["ECA"], 8, use_mlp=True), TypeError, "ECA: got an unexpected keyword use_mlp"),
         (partial(ALL["SimAM"], e_lambda=0), ValueError, "SimAM: expected e_lambda > 0, got 0"),
+        (partial(convblocks.ChannelShuffle, 0), ValueError, "ChannelShuffle: expected groups"),
         (partial(ALL["SimAM"], lambda_=1), TypeError, "SimAM: got an unexpected keyword lambda_"),
     ],
 )
