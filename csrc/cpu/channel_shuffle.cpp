@@ -35,6 +35,7 @@ Shuffle<T> shuffle_of(int64_t groups, int64_t width, int64_t& few, int64_t& leng
   few = std::min(groups, width), length = std::max(groups, width);
   const bool in = groups <= width;  // groups are the streams that come in, or the elements of those that go out
   switch (few) {
+    case 1: return weave<T, 1>;  // a copy
     case 2: return in ? weave<T, 2> : unweave<T, 2>;
     case 3: return in ? weave<T, 3> : unweave<T, 3>;
     case 4: return in ? weave<T, 4> : unweave<T, 4>;
