@@ -93,6 +93,8 @@ def load_kernels(file: Path, device: str) -> str | None:
 
 def register(operator: Operator) -> None:
     operators[operator.name] = operator
+    if operator.name in stale:
+        return
     if kernel_errors["cuda"] is not None and extension_error is None and torch.version.cuda:
         _triton.register(operator.name, "CUDA")  # the kernels of the device where no CUDA kernels are built
 
@@ -135,7 +137,7 @@ class _Triton:
         """Of the device's kernels, while it is wanted."""
         if wanted and self._taken is None:
             self._taken = torch.library.Library("convblocks", "IMPL")
-            for name in operators:
+            for name in operators.keys() - stale:
                 self.register(name, self.device(), self._taken)
         elif not wanted and self._taken is not None:
             self._taken._destroy()
@@ -160,12 +162,12 @@ def why_not(op: str, backend: str, x: Tensor | None = None) -> str | None:
         raise ValueError(f"convblocks: expected an operation of {', '.join(operators)}, got {op}")
     if backend in ("auto", "reference"):
         return None
-    if backend == "triton" and op not in stale:
+    if op in stale:
+        return f"{_shared_object('_C').name} is of other sources, without {op}: build it again"
+    if backend == "triton":
         reason, device = _triton.why_not(), _triton.device().lower()
     elif backend == "cuda" and _emulated_cuda:
         reason, device = None, "cpu"
-    elif op in stale:
-        reason, device = f"{_shared_object('_C').name} is of other sources, without {op}: build it again", backend
     else:
         reason = "the emulated CUDA kernels took its place" if _emulated_cuda else kernel_errors[backend]
         device = backend
@@ -183,6 +185,8 @@ def which(op: str, x: Tensor) -> str:
     """The backend that runs ``op`` on x now: the selected one, or the one ``auto`` takes."""
     if selected != "auto":
         return selected
+    if x.is_meta:
+        return "reference"  # which says the sizes; nothing runs
     order = ("cpu", "cuda", "triton") if x.device.type == "cuda" else ("cpu", "cuda")
     return next((b for b in order if why_not(op, b, x) is None), "reference")
 

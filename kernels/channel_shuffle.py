@@ -15,7 +15,7 @@ from torch import Tensor
 
 from convblocks.kernels.maps import Maps, aligned, dense_offsets, inside, kernel, locate, offsets
 
-FEW = (2, 4, 8, 16)  # short sides that are transposed
+FEW = (1, 2, 4, 8, 16)  # short sides that are transposed
 
 
 @kernel

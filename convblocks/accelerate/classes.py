@@ -4,16 +4,15 @@ from __future__ import annotations
 
 from torch import nn
 
-from convblocks import backends
 from convblocks.accelerate import segmentation_models_pytorch, timm, torchvision
-from convblocks.accelerate.rule import replacement
+from convblocks.accelerate.rule import BACKENDS, replacement
 
 RULES = {rule.source: rule for library in (timm, torchvision, segmentation_models_pytorch) for rule in library.RULES}
 
 
 def __getattr__(name: str) -> type[nn.Module]:
     for rule in RULES.values():
-        for backend in backends.BACKENDS:
+        for backend in BACKENDS:
             if name == (rule.name if backend == "auto" else f"{rule.name}_{backend}"):
                 return replacement(rule, backend)
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

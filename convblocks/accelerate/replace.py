@@ -16,11 +16,19 @@ from convblocks import backends
 from convblocks.accelerate import verify as verification
 from convblocks.accelerate.classes import RULES
 from convblocks.accelerate.report import Entry, Report
-from convblocks.accelerate.rule import Accelerated, Refused, Rule, become, replacement, restore
+from convblocks.accelerate.rule import (
+    BACKENDS,
+    Accelerated,
+    Refused,
+    Rule,
+    become,
+    check_restorable,
+    replacement,
+    restore,
+)
 from convblocks.blocks.arguments import qualified_name
 from convblocks.ops.checks import FLOATING
 
-BACKENDS = tuple(b for b in backends.BACKENDS if b != "triton")  # it takes the place of another one, in all calls
 _HOOKS = ("_forward_pre_hooks", "_forward_hooks", "_backward_pre_hooks", "_backward_hooks")
 _WRAPPERS = {
     "torch._dynamo.eval_frame.OptimizedModule": "it is inside a compiled module: accelerate before torch.compile",
@@ -222,9 +230,7 @@ def revert(model: nn.Module) -> None:
         raise TypeError(f"revert: expected a torch.nn.Module, got {type(model).__name__}")
     replaced = [module for module in model.modules() if isinstance(module, Accelerated)]
     for module in replaced:  # all or none
-        if "rule" not in vars(type(module)):
-            name = type(module).__name__
-            raise RuntimeError(f"revert: expected a replaced module as accelerate() left it, got a {name} of it")
+        check_restorable(module)
     for module in replaced:
         restore(module)
 

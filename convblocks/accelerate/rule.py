@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from convblocks import backends
 from convblocks.ops.operator import Operator
 
+BACKENDS = tuple(b for b in backends.BACKENDS if b != "triton")  # it takes the place of another one, in all calls
 Run = Callable[..., Tensor]
 Forward = Callable[[Any, Tensor], Tensor]
 
@@ -106,8 +107,15 @@ def become(module: nn.Module, cls: type[nn.Module], options: Mapping[str, str]) 
     module.__class__ = cls
 
 
+def check_restorable(module: nn.Module) -> None:
+    cls = type(module)
+    if "rule" not in vars(cls):
+        raise RuntimeError(f"revert: expected a replaced module as accelerate() left it, got a {cls.__name__} of it")
+
+
 def restore(module: nn.Module) -> None:
     """Makes a replaced module what it was."""
+    check_restorable(module)
     cls: Any = type(module)
     module.__class__ = cls.source
     for name in cls.rule.options:

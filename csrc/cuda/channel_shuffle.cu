@@ -109,6 +109,7 @@ void launch(const Context& context, const ChannelShuffleArgs& args, bool channel
       matrix(std::integral_constant<int, 1>{}, size);
   };
   switch (few) {
+    case 1: return constant(std::integral_constant<int, 1>{});  // a copy
     case 2: return constant(std::integral_constant<int, 2>{});
     case 3: return constant(std::integral_constant<int, 3>{});
     case 4: return constant(std::integral_constant<int, 4>{});

@@ -356,3 +356,21 @@ def test_any_dtypes_under_autocast(
         before, after = module(x), fast(x)
     assert before.dtype == after.dtype
     torch.testing.assert_close(after, before, rtol=0.05, atol=0.05)
+
+
+def test_a_parametrized_replacement_is_never_stripped() -> None:
+    """Neither by revert, which then reverts nothing at all, nor by the exchange of a child."""
+    model = nn.Sequential(made(lambda: SEModule(CHANNELS)), made(lambda: SEModule(CHANNELS)))
+    convblocks.accelerate(model, strict=True)
+    model[1].register_parameter("extra", nn.Parameter(torch.ones(1)))
+    parametrize.register_parametrization(model[1], "extra", nn.Tanh())
+    classes = _classes(model)
+    for act in (lambda: convblocks.revert(model), lambda: setattr(model[1], "act", nn.Mish())):
+        with pytest.raises(RuntimeError, match="revert: expected a replaced module as accelerate"):
+            act()
+        assert _classes(model) == classes
+
+
+def test_triton_is_chosen_for_the_process_only() -> None:
+    with pytest.raises(ValueError, match="accelerate: expected a backend of auto, reference, cpu, cuda, got triton"):
+        convblocks.accelerate(network(), backend="triton")

@@ -149,3 +149,21 @@ print(*sorted(new & {"triton", "timm", "torchvision", "rich", "numpy", "hypothes
 """
     done = python(code)
     assert done.stdout.strip() == "", done.stderr
+
+
+def test_an_operation_that_an_older_build_lacks_is_the_reference_and_says_why() -> None:
+    code = """if True:
+        import pytest, torch, convblocks
+        from convblocks.ops.operator import Operator
+        newer = Operator("newer", "(Tensor x) -> Tensor", lambda x: None, lambda x: 2 * x)
+        x = torch.randn(2, 3, 4, 5, requires_grad=True)
+        newer(x).sum().backward()
+        assert torch.equal(x.grad, torch.full_like(x, 2))
+        assert convblocks.backends.which("newer", x) == "reference"
+        assert "without newer: build it again" in convblocks.why_not("newer", "cpu", x)
+        with convblocks.use_backend("triton"), pytest.raises(RuntimeError, match="build it again"):
+            newer(x)
+        convblocks.ops.simam(x)
+    """
+    done = python(code)
+    assert done.returncode == 0, done.stderr

@@ -61,8 +61,11 @@ def test_words_while_tracing(info: OpInfo, dispatched: str, device: str) -> None
 def test_gradient_that_does_not_fit(info: OpInfo, dispatched: str, device: str) -> None:
     if backends.extension_error is not None:
         pytest.skip(f"no backward operator: {backends.extension_error}")
-    if info.linear:
-        pytest.skip("its backward knows nothing of the map")
+    if info.linear:  # it knows nothing of the map, and refuses what the operation itself refuses
+        for bad in info.bad_inputs(device):
+            with pytest.raises(bad.error, match=f"^{re.escape(bad.message)}"):
+                operator(info, backward=True)(*bad.args, **bad.kwargs)
+        return
     args = operands(info, info.sample((2, 8, 5, 3), device=device))
     grad = random_like(args[0])
     for wrong, error, words in (
