@@ -2,8 +2,9 @@
 
 A result is right if it is NaN or Inf just where the exact one is, the reference in float64, and if its largest error is
 at most twice that of torch in the same dtype, and one rounding of the largest value. One number, or a sum of terms that
-nearly cancel such as the gradient of a bias, torch may hit by luck: a result that fails so far may err in addition by
-twice what the exact one moves when each input moves by a few units in the last place.
+nearly cancel such as the gradient of a bias, torch may hit by luck: a result that fails so far may err in addition by as
+much as the exact one moves when each input moves by a few units in the last place; in float64 by twice that, as there
+the exact one is uncertain itself.
 """
 
 from __future__ import annotations
@@ -107,7 +108,8 @@ class Judge:
         ]
         limits = self._limits
         if any(allowed < e < torch.inf for e, allowed in zip(errors, limits, strict=True)):
-            limits = [a + 2 * b for a, b in zip(limits, self._uncertainty, strict=True)]
+            share = 2 if self._sample.x.dtype == torch.float64 else 1
+            limits = [a + share * b for a, b in zip(limits, self._uncertainty, strict=True)]
         names = ["output", *(f"gradient of input {i}" for i in range(len(results) - 1))]
         return list(map(Verdict, names, errors, limits, faults))
 
