@@ -2,9 +2,9 @@
 
 A result is right if it is NaN or Inf just where the exact one is, the reference in float64, and if its largest error is
 at most twice that of torch in the same dtype, and one rounding of the largest value. One number, or a sum of terms that
-nearly cancel such as the gradient of a bias, torch may hit by luck: a result that fails so far may err in addition by as
-much as the exact one moves when each input moves by a few units in the last place; in float64 by twice that, as there
-the exact one is uncertain itself.
+nearly cancel such as the gradient of a bias, torch may hit by luck: a result that fails so far may err in addition by
+as much as the exact one moves when each input moves by a few units in the last place; in float64 by twice that, as
+there the exact one is uncertain itself.
 """
 
 from __future__ import annotations
