@@ -336,7 +336,7 @@ OPS: dict[str, OpInfo] = {
                 {"groups": 4, "inverse": True},
                 {"groups": 7},
             ),
-            bench=({"groups": 2}, {"groups": 3}),
+            bench=({"groups": 2},),
             bad_inputs=_channel_shuffle_bad_inputs,
             forward_flops=lambda s: 0,
             backward_flops=lambda s: 0,
