@@ -9,39 +9,43 @@
 namespace convblocks::cpu {
 namespace {
 
-// `few` streams of `length` elements each, lying one after the other, woven into one; or `unweave`, the other way. A
-// constant number of streams makes vector code.
-template <class T, int kFew>
-void weave(const T* __restrict from, T* __restrict to, int64_t few, int64_t length) {
+// A run of pixels by their strides.
+template <class T>
+struct Pixels {
+  const T* from;
+  T* to;
+  int64_t from_stride, to_stride, count;
+};
+
+// In each pixel `few` streams of `length` elements, lying one after the other, woven into one; or, unwoven, the other way.
+// A constant number of streams makes vector code.
+template <class T, bool kWeave, int kFew>
+void shuffle_pixels(const Pixels<T>& pixels, int64_t few, int64_t length) {
   if constexpr (kFew != 0) few = kFew;
-  for (int64_t j = 0; j < length; j++) {
-    for (int64_t i = 0; i < few; i++) to[j * few + i] = from[i * length + j];
-  }
-}
-template <class T, int kFew>
-void unweave(const T* __restrict from, T* __restrict to, int64_t few, int64_t length) {
-  if constexpr (kFew != 0) few = kFew;
-  for (int64_t j = 0; j < length; j++) {
-    for (int64_t i = 0; i < few; i++) to[i * length + j] = from[j * few + i];
+  for (int64_t p = 0; p < pixels.count; p++) {
+    const T* __restrict from = pixels.from + p * pixels.from_stride;
+    T* __restrict to = pixels.to + p * pixels.to_stride;
+    for (int64_t j = 0; j < length; j++) {
+      for (int64_t i = 0; i < few; i++) {
+        if constexpr (kWeave)
+          to[j * few + i] = from[i * length + j];
+        else
+          to[i * length + j] = from[j * few + i];
+      }
+    }
   }
 }
 
-template <class T>
-using Shuffle = void (*)(const T* __restrict from, T* __restrict to, int64_t few, int64_t length);
-
-// The function for a pixel, and the streams it is called with.
-template <class T>
-Shuffle<T> shuffle_of(int64_t groups, int64_t width, int64_t& few, int64_t& length) {
-  few = std::min(groups, width), length = std::max(groups, width);
-  const bool in = groups <= width;  // groups are the streams that come in, or the elements of those that go out
+template <class T, bool kWeave>
+auto shuffle_of(int64_t few) {
   switch (few) {
-    case 1: return weave<T, 1>;  // a copy
-    case 2: return in ? weave<T, 2> : unweave<T, 2>;
-    case 3: return in ? weave<T, 3> : unweave<T, 3>;
-    case 4: return in ? weave<T, 4> : unweave<T, 4>;
-    case 8: return in ? weave<T, 8> : unweave<T, 8>;
+    case 1: return shuffle_pixels<T, kWeave, 1>;  // a copy
+    case 2: return shuffle_pixels<T, kWeave, 2>;
+    case 3: return shuffle_pixels<T, kWeave, 3>;
+    case 4: return shuffle_pixels<T, kWeave, 4>;
+    case 8: return shuffle_pixels<T, kWeave, 8>;
   }
-  return in ? weave<T, 0> : unweave<T, 0>;
+  return shuffle_pixels<T, kWeave, 0>;
 }
 
 template <class T>
@@ -57,12 +61,14 @@ void shuffle(const Context& context, const ChannelShuffleArgs& a) {
     });
     return;
   }
-  int64_t few, length;
-  const Shuffle<T> weave_pixel = shuffle_of<T>(a.groups, width, few, length);
+  const int64_t few = std::min(a.groups, width), length = std::max(a.groups, width);
+  const auto run = a.groups <= width ? shuffle_of<T, true>(few) : shuffle_of<T, false>(few);
   parallel_for(context, a.n * a.hw, std::max<int64_t>(1, 16384 / a.c), [&](int64_t begin, int64_t end) {
-    for (int64_t i = begin; i < end; i++) {
-      const int64_t sample = i / a.hw, pixel = i % a.hw;
-      weave_pixel(of(a.x, sample) + pixel * a.x.pixel, of(a.y, sample) + pixel * a.y.pixel, few, length);
+    while (begin < end) {
+      const int64_t sample = begin / a.hw, pixel = begin % a.hw, count = std::min(end - begin, a.hw - pixel);
+      run({of(a.x, sample) + pixel * a.x.pixel, of(a.y, sample) + pixel * a.y.pixel, a.x.pixel, a.y.pixel, count}, few,
+          length);
+      begin += count;
     }
   });
 }
