@@ -73,10 +73,9 @@ class Case:
             requires_grad=self.mode != "fwd",
         )
 
-    def grad(self, seed: int) -> Tensor:
+    def grad(self, sample: Sample, seed: int) -> Tensor:
         """The gradient that comes in."""
-        generator = torch.Generator().manual_seed(seed + 1)
-        return torch.randn(self.size, generator=generator, dtype=torch.float64).to(self.device, self.dtype)
+        return self.info.gradient(sample, seed=seed + 1)
 
 
 def plan(
@@ -105,7 +104,7 @@ def call(function: Callable[..., Tensor], sample: Sample, case: Case, seed: int)
         return lambda: (forward(),)
     y = forward()
     # Laid out as this callee lays out its output, so that nobody pays for a conversion.
-    grad = torch.empty_strided(y.shape, y.stride(), dtype=y.dtype, device=y.device).copy_(case.grad(seed))
+    grad = torch.empty_strided(y.shape, y.stride(), dtype=y.dtype, device=y.device).copy_(case.grad(sample, seed))
     inputs = sample.tensors()
 
     def forward_and_backward() -> tuple[Tensor, ...]:

@@ -84,7 +84,7 @@ def _ours(case: Case, samples: dict[str, Sample], seed: int) -> dict[str, Call |
     checked: Tensor | None = None
     for layout, sample in samples.items():
         if checked is None or not torch.equal(checked, sample.x):  # most layouts hold the same values
-            judge = Judge(case.info, sample, case.grad(seed) if case.mode != "fwd" else None)
+            judge = Judge(case.info, sample, case.grad(sample, seed) if case.mode != "fwd" else None)
             checked = sample.x
         calls[layout] = _attempt(partial(verified, sample))
     return calls

@@ -45,8 +45,7 @@ def cases(info: OpInfo, device: str) -> Iterator[Case]:
     for i, (options, dtype, layout) in enumerate(itertools.product(info.options, info.dtypes, LAYOUTS)):
         size = info.sizes[(i + i // len(info.sizes)) % len(info.sizes)]
         sample = info.sample(size, options, dtype=dtype, layout=layout, device=device)
-        generator = torch.Generator().manual_seed(1)
-        grad = torch.randn(size, generator=generator, dtype=torch.float64).to(sample.x)
+        grad = info.gradient(sample)
         words = f"{options} {str(dtype).removeprefix('torch.')} {layout} {'x'.join(map(str, size))}"
         yield Case(words, sample, grad, Judge(info, sample, grad))
 

@@ -46,9 +46,8 @@ void check_same_dtype(const char* op, const char* name, const std::optional<Tens
                    name_of(first.scalar_type()), " like ", first_name, ", got ", name_of(t->scalar_type()));
 }
 
-void check_grad(const char* op, const Tensor& grad, const Tensor& x) {
-  TORCH_CHECK_VALUE(grad.sym_sizes() == x.sym_sizes(), op, ": expected a gradient of size ", size_of(x), ", got ",
-                    size_of(grad));
+void check_grad(const char* op, const Tensor& grad, const Tensor& x, c10::SymIntArrayRef size) {
+  TORCH_CHECK_VALUE(grad.sym_sizes() == size, op, ": expected a gradient of size ", size, ", got ", size_of(grad));
   TORCH_CHECK_TYPE(grad.scalar_type() == x.scalar_type(), op, ": expected a gradient of dtype ",
                    name_of(x.scalar_type()), ", got ", name_of(grad.scalar_type()));
   TORCH_CHECK(grad.device() == x.device(), op, ": expected a gradient on ", x.device(), " like the input, got ",
@@ -156,7 +155,9 @@ bool under_transform() {
          c10::impl::tls_is_dispatch_key_included(DispatchKey::FuncTorchDynamicLayerFrontMode);
 }
 
-Tensor empty_map(const Tensor& x) { return at::empty_symint(x.sym_sizes(), x.options(), memory_format(x)); }
+Tensor empty_map(const Tensor& x, c10::SymIntArrayRef size) {
+  return at::empty_symint(size, x.options(), memory_format(x));
+}
 
 }  // namespace convblocks
 

@@ -15,9 +15,13 @@
 //
 // The first argument is the feature map; gradients come in the order of the tensor arguments, an empty tensor for one
 // that is absent. An operation that is linear in its map, its only tensor, leaves the map out of the backward: nothing is
-// kept for it, and the kernel of the operation serves both ways.
+// kept for it, and the kernel of the operation serves both ways. What an operation may have in addition:
+//
+//     static std::vector<c10::SymInt> output_size(const Tensor& x, double e_lambda);         // else that of x
+//     static constexpr bool autocasts = true;                         // computes, as convolutions do, in autocast's dtype
 #pragma once
 #include <ATen/TensorOperators.h>
+#include <ATen/autocast_mode.h>
 #include <ATen/core/Tensor.h>
 #include <ATen/core/dispatch/Dispatcher.h>
 #include <c10/core/DeviceGuard.h>
@@ -47,7 +51,7 @@ void check_feature_map(const char* op, const Tensor& x);
 void check_parameter(const char* op, const char* name, const std::optional<Tensor>& t, const Tensor& x);
 void check_same_dtype(const char* op, const char* name, const std::optional<Tensor>& t, const char* first_name,
                       const Tensor& first);
-void check_grad(const char* op, const Tensor& grad, const Tensor& x);
+void check_grad(const char* op, const Tensor& grad, const Tensor& x, c10::SymIntArrayRef size);
 // The place of value in names, or an error that lists them.
 int64_t check_one_of(const char* op, const char* argument, std::string_view value,
                      at::ArrayRef<std::string_view> names);
@@ -118,7 +122,8 @@ bool is_missing(const T& arg) {
   return false;
 }
 
-Tensor empty_map(const Tensor& x);  // like x, in x's memory format, dense
+Tensor empty_map(const Tensor& x, c10::SymIntArrayRef size);  // like x, in x's memory format, dense
+inline Tensor empty_map(const Tensor& x) { return empty_map(x, x.sym_sizes()); }
 inline void append_grad(Grads& grads, const Tensor& t) {
   grads.push_back(grads.empty() ? empty_map(t) : at::empty_symint(t.sym_sizes(), t.options()));
 }
@@ -174,6 +179,13 @@ struct Operator<Op, Tensor (*)(Args...), Gradient (*)(BackwardArgs...)> {
     }
   }
 
+  static auto output_size(Args... args) {
+    if constexpr (requires { Op::output_size(args...); })
+      return Op::output_size(args...);
+    else
+      return std::get<0>(std::tie(args...)).sym_sizes();
+  }
+  static Tensor empty_output(Args... args) { return empty_map(std::get<0>(std::tie(args...)), output_size(args...)); }
   static Grads empty_grads(BackwardArgs... args) {
     Grads grads;
     if constexpr (linear)
@@ -188,7 +200,7 @@ struct Operator<Op, Tensor (*)(Args...), Gradient (*)(BackwardArgs...)> {
     } else {
       [](const Tensor& grad, const Tensor& x, const auto&... rest) {
         Op::check(x, rest...);
-        check_grad(Op::name, grad, x);
+        check_grad(Op::name, grad, x, output_size(x, rest...));
       }(args...);
     }
   }
@@ -210,7 +222,7 @@ struct Operator<Op, Tensor (*)(Args...), Gradient (*)(BackwardArgs...)> {
     if (x.numel() == 0 || !forward_slot.on(x)) return fallback(args...);
     Op::check(args...);
     c10::DeviceGuard guard(x.device());
-    Tensor y = empty_map(x);
+    Tensor y = empty_output(args...);
     Op::run(Call(Op::name, forward_slot, x), y, args...);
     return y;
   }
@@ -226,7 +238,7 @@ struct Operator<Op, Tensor (*)(Args...), Gradient (*)(BackwardArgs...)> {
 
   static Tensor meta(Args... args) {
     Op::check(args...);
-    return empty_map(std::get<0>(std::tie(args...)));
+    return empty_output(args...);
   }
   static Gradient backward_meta(BackwardArgs... args) {
     check_backward(args...);
@@ -247,6 +259,8 @@ struct Operator<Op, Tensor (*)(Args...), Gradient (*)(BackwardArgs...)> {
           saved.push_back(arg.value_or(Tensor()));
         } else if constexpr (std::is_same_v<T, std::string_view>) {
           ctx->saved_data[std::to_string(i)] = std::string(arg);
+        } else if constexpr (std::is_same_v<T, c10::SymIntArrayRef>) {
+          ctx->saved_data[std::to_string(i)] = c10::IValue(arg);
         } else {
           ctx->saved_data[std::to_string(i)] = arg;
         }
@@ -261,7 +275,9 @@ struct Operator<Op, Tensor (*)(Args...), Gradient (*)(BackwardArgs...)> {
       variable_list saved = ctx->get_saved_variables();
       size_t tensor = 0, i = 0;
       std::vector<std::string> texts;
+      std::vector<std::vector<c10::SymInt>> lists;
       texts.reserve(sizeof...(Args));
+      lists.reserve(sizeof...(Args));
       auto restore = [&]<class T>(std::type_identity<T>) -> T {
         i++;
         if constexpr (std::is_same_v<T, Tensor>) {
@@ -271,6 +287,8 @@ struct Operator<Op, Tensor (*)(Args...), Gradient (*)(BackwardArgs...)> {
           return t.defined() ? std::optional<Tensor>(t) : std::nullopt;
         } else if constexpr (std::is_same_v<T, std::string_view>) {
           return texts.emplace_back(ctx->saved_data[std::to_string(i - 1)].toStringRef());
+        } else if constexpr (std::is_same_v<T, c10::SymIntArrayRef>) {
+          return lists.emplace_back(ctx->saved_data[std::to_string(i - 1)].toSymIntVector());
         } else {
           return ctx->saved_data[std::to_string(i - 1)].to<T>();
         }
@@ -310,6 +328,12 @@ struct Operator<Op, Tensor (*)(Args...), Gradient (*)(BackwardArgs...)> {
     at::AutoDispatchBelowADInplaceOrView guard;
     return call_backward(args...);
   }
+  template <at::DeviceType kDevice>
+  static Tensor autocast(Args... args) {
+    c10::impl::ExcludeDispatchKeyGuard guard(at::autocast::get_autocast_dispatch_key_from_device_type(kDevice));
+    const auto dtype = at::autocast::get_autocast_dtype(kDevice);
+    return call(at::autocast::cached_cast(dtype, args, kDevice)...);
+  }
   static Tensor batched(Args... args) { return (Op::check(args...), Op::formula(args...)); }
 
   static void define(torch::Library& m) {
@@ -326,27 +350,33 @@ struct Operator<Op, Tensor (*)(Args...), Gradient (*)(BackwardArgs...)> {
     m.impl(Op::name, function);
     m.impl(backward_name().c_str(), backward_function);
   }
+  template <at::DeviceType kDevice>
+  static void implement_autocast(torch::Library& m) {
+    if constexpr (requires { Op::autocasts; }) m.impl(Op::name, autocast<kDevice>);
+  }
 };
 
 }  // namespace convblocks
 
-#define CONVBLOCKS_REGISTER(Op)                                                          \
-  TORCH_LIBRARY_FRAGMENT(convblocks, m) { Operator<Op>::define(m); }                     \
-  TORCH_LIBRARY_IMPL(convblocks, CPU, m) {                                               \
-    Operator<Op>::implement(m, Operator<Op>::forward, Operator<Op>::backward);           \
-  }                                                                                      \
-  TORCH_LIBRARY_IMPL(convblocks, CUDA, m) {                                              \
-    Operator<Op>::implement(m, Operator<Op>::forward, Operator<Op>::backward);           \
-  }                                                                                      \
-  TORCH_LIBRARY_IMPL(convblocks, CompositeExplicitAutograd, m) {                         \
-    Operator<Op>::implement(m, Operator<Op>::fallback, Operator<Op>::fallback_backward); \
-  }                                                                                      \
-  TORCH_LIBRARY_IMPL(convblocks, Meta, m) {                                              \
-    Operator<Op>::implement(m, Operator<Op>::meta, Operator<Op>::backward_meta);         \
-  }                                                                                      \
-  TORCH_LIBRARY_IMPL(convblocks, Autograd, m) {                                          \
-    Operator<Op>::implement(m, Operator<Op>::autograd, Operator<Op>::backward_autograd); \
-  }                                                                                      \
-  TORCH_LIBRARY_IMPL(convblocks, FuncTorchBatched, m) {                                  \
-    Operator<Op>::implement(m, Operator<Op>::batched, Op::backward_formula);             \
+#define CONVBLOCKS_REGISTER(Op)                                                                       \
+  TORCH_LIBRARY_FRAGMENT(convblocks, m) { Operator<Op>::define(m); }                                  \
+  TORCH_LIBRARY_IMPL(convblocks, CPU, m) {                                                            \
+    Operator<Op>::implement(m, Operator<Op>::forward, Operator<Op>::backward);                        \
+  }                                                                                                   \
+  TORCH_LIBRARY_IMPL(convblocks, CUDA, m) {                                                           \
+    Operator<Op>::implement(m, Operator<Op>::forward, Operator<Op>::backward);                        \
+  }                                                                                                   \
+  TORCH_LIBRARY_IMPL(convblocks, CompositeExplicitAutograd, m) {                                      \
+    Operator<Op>::implement(m, Operator<Op>::fallback, Operator<Op>::fallback_backward);              \
+  }                                                                                                   \
+  TORCH_LIBRARY_IMPL(convblocks, Meta, m) {                                                           \
+    Operator<Op>::implement(m, Operator<Op>::meta, Operator<Op>::backward_meta);                      \
+  }                                                                                                   \
+  TORCH_LIBRARY_IMPL(convblocks, Autograd, m) {                                                       \
+    Operator<Op>::implement(m, Operator<Op>::autograd, Operator<Op>::backward_autograd);              \
+  }                                                                                                   \
+  TORCH_LIBRARY_IMPL(convblocks, AutocastCPU, m) { Operator<Op>::implement_autocast<at::kCPU>(m); }   \
+  TORCH_LIBRARY_IMPL(convblocks, AutocastCUDA, m) { Operator<Op>::implement_autocast<at::kCUDA>(m); } \
+  TORCH_LIBRARY_IMPL(convblocks, FuncTorchBatched, m) {                                               \
+    Operator<Op>::implement(m, Operator<Op>::batched, Op::backward_formula);                          \
   }

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 
@@ -53,8 +55,8 @@ def one_of(op: str, name: str, value: str, allowed: tuple[str, ...]) -> None:
         raise ValueError(f"{op}: expected {name} to be one of {', '.join(allowed)}, got {value}")
 
 
-def gradient(op: str, grad: Tensor, x: Tensor) -> None:
-    size(op, "a gradient", grad, grad.shape == x.shape, _size(x))
+def gradient(op: str, grad: Tensor, x: Tensor, expected: Sequence[int]) -> None:
+    size(op, "a gradient", grad, list(grad.shape) == list(expected), str(list(expected)))
     if grad.dtype != x.dtype:
         raise TypeError(f"{op}: expected a gradient of dtype {_dtype(x)}, got {_dtype(grad)}")
     if grad.device != x.device:

@@ -39,8 +39,10 @@ class Operator:
         reference: Callable[..., Tensor],
         *,
         linear: bool = False,  # in its map, its only tensor: the backward takes no map
+        output_size: Callable[..., Sequence[int]] = lambda x, *args: x.shape,
     ) -> None:
         self.name, self.check, self.reference, self.linear = name, check, reference, linear
+        self.output_size = output_size
         backends.load_extension()
         if backends.extension_error is None and not hasattr(torch.ops.convblocks, name):
             backends.stale.add(name)
@@ -68,12 +70,12 @@ class Operator:
     def check_backward(self, grad: Tensor, *args: Any) -> None:
         if self.linear:
             return self.check(grad, *args)
-        checks.gradient(self.name, grad, args[0])
         self.check(*args)
+        checks.gradient(self.name, grad, args[0], self.output_size(*args))
 
     def run_reference(self, *args: Any) -> Tensor:
         self.check(*args)
         x: Tensor = args[0]
         y, layout = self.reference(*args), memory_format(x)
         # A map of one channel is contiguous in both formats, whichever of their strides it has.
-        return y.contiguous(memory_format=layout) if x.shape[1] > 1 else y.clone(memory_format=layout)
+        return y.contiguous(memory_format=layout) if y.shape[1] > 1 else y.clone(memory_format=layout)

@@ -1,4 +1,4 @@
-"""GPU code proven on a machine without a GPU. Everything here runs over the records of convblocks/opinfo.py.
+"""GPU code proven on a machine without a GPU. Everything here runs over the records of convblocks/opinfo.
 
 Triton, under its interpreter (TRITON_INTERPRET=1, a process of its own):
     triton_checker.py    bounds, races between programs, undefined lanes, bytes moved; bf16 as a GPU computes it

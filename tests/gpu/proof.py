@@ -12,7 +12,7 @@ from torch import Tensor
 from convblocks.accuracy import run
 from convblocks.opinfo import LAYOUTS, OPS, OpInfo, Options, Size
 from tests.gpu.traffic import Traffic
-from tests.ops.common import accuracy, backward_operands, dtype_pairs, operands, operator, random_like, with_grad
+from tests.ops.common import accuracy, backward_operands, dtype_pairs, operands, operator, with_grad
 
 Watch = Callable[..., AbstractContextManager[Traffic]]
 
@@ -36,7 +36,7 @@ def prove(
     for i, layout in enumerate(layouts):
         size = info.sizes[(start + i) % len(info.sizes)]
         sample = with_grad(info.sample(size, options, dtype=dtype, parameter_dtype=parameter_dtype, layout=layout))
-        grad = random_like(sample.x, layouts[(start + 2 * i) % len(layouts)])
+        grad = info.gradient(sample, layouts[(start + 2 * i) % len(layouts)])
         with watch(*sample.tensors(), grad):
             results = run(info.op, sample, grad)
         wrong = accuracy(info, sample, results, grad)
@@ -68,7 +68,7 @@ def prove_traffic(info: OpInfo, size: Size, dtype: torch.dtype, layout: str, bac
     sample = info.sample(size, info.bench[0], dtype=dtype, layout=layout)
     arguments = operands(info, sample)
     if backward:
-        arguments = backward_operands(info, sample, random_like(sample.x, layout))
+        arguments = backward_operands(info, sample, info.gradient(sample, layout))
     with watch(*(a for a in arguments if isinstance(a, Tensor))) as traffic:
         operator(info, backward)(*arguments)
     least = info.least_bytes(sample, backward)

@@ -21,7 +21,7 @@ from convblocks import backends
 from convblocks.opinfo import OPS, OpInfo, Options, Size
 from tests.gpu import sass
 from tests.gpu.emulator import BUILD, KERNELS, ROOT
-from tests.ops.common import backward_operands, dtype_pairs, each_option, operands, random_like
+from tests.ops.common import backward_operands, dtype_pairs, each_option, operands
 
 triton = pytest.importorskip("triton")
 tl = pytest.importorskip("triton.language")
@@ -126,7 +126,7 @@ def _check(info: OpInfo, case: Case) -> None:
     dtype, parameter_dtype = case.dtypes
     module = importlib.import_module(f"convblocks.kernels.{info.name}")
     sample = info.sample(case.size, case.options, dtype=dtype, parameter_dtype=parameter_dtype, layout=case.layout)
-    arguments, grad = operands(info, sample), random_like(sample.x, case.layout)
+    arguments, grad = operands(info, sample), info.gradient(sample, case.layout)
     backward = backward_operands(info, sample, grad)
     for name, inputs in ((info.name, arguments), (f"{info.name}_backward", backward)):
         with captured(case.arch) as launches:

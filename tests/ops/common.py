@@ -1,6 +1,6 @@
 """What the shared tests have in common: the cases, and what is right.
 
-The tests know no operation by name: they take the records of convblocks/opinfo.py.
+The tests know no operation by name: they take the records of convblocks/opinfo.
 """
 
 from __future__ import annotations

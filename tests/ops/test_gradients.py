@@ -24,7 +24,6 @@ from tests.ops.common import (
     each_option,
     once,
     operator,
-    random_like,
     with_grad,
 )
 
@@ -75,7 +74,7 @@ def _in_order(values: Tensor, order: tuple[int, ...], padding: int) -> Tensor:
 def test_every_order_of_strides(info: OpInfo, size: tuple[int, int, int, int], backend: str, device: str) -> None:
     """Of the map and of the gradient, dense and as slices: the same numbers as from contiguous ones."""
     plain = info.sample(size, dtype=torch.float64, device=device)
-    gradient = random_like(plain.x)
+    gradient = info.gradient(plain)
     expected = run(info.reference, plain, gradient)
     orders = list(itertools.product(itertools.permutations(range(4)), repeat=2))
     wrong = []
@@ -103,7 +102,7 @@ def test_gradient_in_any_layout(info: OpInfo, layout: str, backend: str, device:
     """The layout of the incoming gradient changes nothing, whatever that of the map is."""
     for map_layout in affordable(("contiguous", "channels_last", "crop"), 1, layout):
         sample = with_grad(info.sample((2, 8, 5, 6), layout=map_layout, device=device))
-        grad = random_like(sample.x, layout)
+        grad = info.gradient(sample, layout)
         wrong = accuracy(info, sample, run(info.op, sample, grad), grad)
         assert not wrong, "\n".join([map_layout, *wrong])
 
@@ -112,7 +111,7 @@ def test_gradient_in_any_layout(info: OpInfo, layout: str, backend: str, device:
 def test_each_argument_alone(info: OpInfo, options: Options, backend: str, device: str) -> None:
     """An argument that requires no gradient gets none, and the others get the same as before."""
     sample = info.sample((2, 8, 5, 6), options, device=device)
-    grad = random_like(sample.x)
+    grad = info.gradient(sample)
     expected = run(info.op, with_grad(sample), grad)[1:]
     for i in range(len(expected)):
         for wanted in ({i}, set(range(len(expected))) - {i}):
@@ -132,7 +131,7 @@ def test_each_argument_alone(info: OpInfo, options: Options, backend: str, devic
 def test_backward_twice(info: OpInfo, backend: str, device: str) -> None:
     sample = with_grad(info.sample((2, 8, 5, 6), device=device))
     y = info.op(*sample.args, **sample.kwargs)
-    grad = random_like(y)
+    grad = info.gradient(sample)
     first = torch.autograd.grad(y, sample.tensors(), grad, retain_graph=True)
     second = torch.autograd.grad(y, sample.tensors(), grad)
     assert all(torch.equal(a, b) for a, b in zip(first, second, strict=True))

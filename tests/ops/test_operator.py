@@ -25,7 +25,6 @@ from tests.ops.common import (
     operands,
     operator,
     places,
-    random_like,
     with_grad,
 )
 
@@ -66,7 +65,7 @@ def test_opcheck(info: OpInfo, shape: str, dispatched: str, device: str) -> None
 @each_op
 def test_opcheck_backward(info: OpInfo, shape: str, compiled: str, device: str) -> None:
     sample = with_grad(_case(info, shape, device))
-    grad = random_like(sample.x, "channels_last").requires_grad_()
+    grad = info.gradient(sample, "channels_last").requires_grad_()
     fast = ("test_schema", "test_autograd_registration", "test_faketensor")
     traced = shape in ("contiguous", "channels_last_slice", "no samples") and not SLOW  # the second derivative
     utils = (*fast, "test_aot_dispatch_dynamic") if traced else fast
@@ -79,9 +78,9 @@ def test_memory_format(info: OpInfo, options: Options, layout: str, backend: str
     """The output and the gradient of the map are dense, in the memory format of the map."""
     for size in affordable(info.sizes, 1, f"{options}{layout}"):
         sample = with_grad(info.sample(size, options, layout=layout, device=device))
-        grad = torch.ones_like(sample.x)
+        grad = info.gradient(sample)
         y, grad_x = run(info.op, sample, grad)[:2]
-        expected = torch.empty(size, device="meta", memory_format=memory_format(sample.x)).stride()
+        expected = torch.empty(y.shape, device="meta", memory_format=memory_format(sample.x)).stride()
         assert y.stride() == expected
         assert y.untyped_storage().data_ptr() not in {t.untyped_storage().data_ptr() for t in sample.tensors()}
         if size[2] * size[3] > 1 and backend != "reference":
@@ -94,7 +93,7 @@ def test_meta_agrees(info: OpInfo, options: Options, layout: str, compiled: str,
     """Size, stride and dtype, forward and backward."""
     for size in affordable(info.sizes, 1, f"{options}{layout}"):
         sample = info.sample(size, options, dtype=torch.bfloat16, layout=layout, device=device)
-        args, grad = operands(info, sample), random_like(sample.x, "channels_last")
+        args, grad = operands(info, sample), info.gradient(sample, "channels_last")
         pairs = (operator(info), args), (operator(info, backward=True), backward_operands(info, sample, grad))
         for op, real in pairs:
             result, meta = op(*real), op(*map(_to_meta, real))
@@ -108,7 +107,7 @@ def test_every_output_is_written(info: OpInfo, options: Options, backend: str, d
     """torch fills new memory with NaN in deterministic mode: none may be left, nor leak from scratch memory."""
     for size, layout, grad_layout in affordable(places(info), 2, f"{options}"):
         sample = with_grad(info.sample(size, options, layout=layout, device=device))
-        grad = random_like(sample.x, grad_layout)
+        grad = info.gradient(sample, grad_layout)
         expected = run(info.op, sample, grad)
         torch.use_deterministic_algorithms(True)
         poisoned = run(info.op, sample, grad)
@@ -123,7 +122,7 @@ def test_repeatable(info: OpInfo, options: Options, backend: str, device: str) -
     for size in [(2, 5, 6, 7)] if SLOW else [(4, 64, 28, 28), (2, 3, 65, 61), (8, 70, 1, 3)]:
         for layout in ("contiguous", "channels_last"):
             sample = with_grad(info.sample(size, options, layout=layout, device=device))
-            grad = random_like(sample.x)
+            grad = info.gradient(sample)
             first = run(info.op, sample, grad)
             for threads in (torch.get_num_threads(), 1, 2, 3):
                 if backend == "reference" and threads != torch.get_num_threads():
@@ -137,7 +136,7 @@ def test_repeatable(info: OpInfo, options: Options, backend: str, device: str) -
 @each_option
 def test_inputs_stay_as_they_were(info: OpInfo, options: Options, layout: str, backend: str, device: str) -> None:
     sample = with_grad(info.sample((2, 8, 5, 3), options, layout=layout, device=device))
-    given = [*sample.tensors(), random_like(sample.x, layout)]
+    given = [*sample.tensors(), info.gradient(sample, layout)]
     copies, versions = [t.detach().clone() for t in given], [t._version for t in given]
     run(info.op, sample, given[-1])
     assert all(torch.equal(t, c) for t, c in zip(given, copies, strict=True))
@@ -159,9 +158,9 @@ def test_many_python_threads(info: OpInfo, backend: str, device: str) -> None:
     if backend not in ("reference", "cpu"):
         pytest.skip("interpreter and emulator run one kernel at a time")
     samples = [with_grad(info.sample((2, 16, 28, 20), device=device, seed=seed)) for seed in range(8)]
-    expected = [run(info.op, s, torch.ones_like(s.x)) for s in samples]
+    expected = [run(info.op, s, info.gradient(s)) for s in samples]
     with concurrent.futures.ThreadPoolExecutor(4) as pool:
         for got, want in zip(
-            pool.map(lambda s: run(info.op, s, torch.ones_like(s.x)), samples * 4), expected * 4, strict=True
+            pool.map(lambda s: run(info.op, s, info.gradient(s)), samples * 4), expected * 4, strict=True
         ):
             torch.testing.assert_close(got, want)

@@ -19,7 +19,6 @@ from tests.ops.common import (
     each_op,
     each_option,
     places,
-    random_like,
     with_grad,
 )
 
@@ -52,7 +51,7 @@ def test_sizes_and_layouts(
         sample = with_grad(
             info.sample(size, options, dtype=dtype, parameter_dtype=parameter_dtype, layout=layout, device=device)
         )
-        grad = random_like(sample.x, grad_layout)
+        grad = info.gradient(sample, grad_layout)
         results = run(info.op, sample, grad)
         assert [r.dtype for r in results] == [dtype, *(t.dtype for t in sample.tensors())]
         wrong += [f"{size} {layout} gradient {grad_layout}: {w}" for w in accuracy(info, sample, results, grad)]
@@ -64,7 +63,7 @@ def test_sizes_and_layouts(
 def test_more_than_one_thread_has_work(info: OpInfo, layout: str, backend: str, device: str) -> None:
     size = (1, 16, 20, 20) if SLOW else (4, 64, 28, 28)
     sample = with_grad(info.sample(size, layout=layout, device=device))
-    assert_accurate(info, sample, random_like(sample.x))
+    assert_accurate(info, sample, info.gradient(sample))
 
 
 @each_option
@@ -72,7 +71,7 @@ def test_strided_parameters(info: OpInfo, options: Options, backend: str, device
     sample = info.sample((2, 8, 5, 3), options, device=device)
     parameters = [torch.stack((t, t), -1)[..., 0] if isinstance(t, Tensor) else t for t in sample.args[1:]]
     sample = with_grad(Sample((sample.x, *parameters), sample.kwargs))
-    assert_accurate(info, sample, random_like(sample.x))
+    assert_accurate(info, sample, info.gradient(sample))
 
 
 def _one(value: float) -> Callable[[Tensor], Tensor]:
@@ -94,7 +93,7 @@ def test_not_finite(
         pytest.skip("torch's bfloat16 convolution multiplies Inf by its padding")
     sample = info.sample((2, 9, 8, 5), options, dtype=dtype, layout=layout, device=device)
     sample = with_grad(Sample((_one(value)(sample.x), *sample.args[1:]), sample.kwargs))
-    assert_accurate(info, sample, random_like(sample.x))
+    assert_accurate(info, sample, info.gradient(sample))
 
 
 @both_layouts
@@ -108,7 +107,7 @@ def test_large_halves(info: OpInfo, options: Options, layout: str, backend: str,
         large = Sample((x, *sample.args[1:]), sample.kwargs)
         assert torch.isfinite(info.op(*large.args, **large.kwargs)).all()
         large = with_grad(large)
-        assert_accurate(info, large, random_like(x) * 1e-3)
+        assert_accurate(info, large, info.gradient(large) * 1e-3)
 
 
 @pytest.mark.parametrize("size", [(0, 4, 5, 3), (2, 4, 0, 3), (2, 4, 5, 0), (0, 4, 0, 0)], ids=str)
@@ -119,12 +118,13 @@ def test_nothing_to_compute(
 ) -> None:
     sample = with_grad(info.sample(size, options, layout=layout, device=device))
     try:
-        expected = run(info.reference, sample, torch.ones_like(sample.x))
+        grad = torch.ones_like(info.output(sample), device=device)
+        expected = run(info.reference, sample, grad)
     except (RuntimeError, IndexError):  # torch has no maximum of no pixels: nor have we, and say so
         with pytest.raises(ValueError, match=f"^{info.name}: expected "):
             info.op(*sample.args, **sample.kwargs)
         return
-    for result, like in zip(run(info.op, sample, torch.ones_like(sample.x)), expected, strict=True):
+    for result, like in zip(run(info.op, sample, grad), expected, strict=True):
         torch.testing.assert_close(result, like, equal_nan=True)
 
 
@@ -141,7 +141,7 @@ def test_offsets_beyond_32_bits(info: OpInfo, stride: str, backend: str, device:
 
     sample = Sample((spread(sample.x), *sample.args[1:]), sample.kwargs)
     sample = with_grad(sample)
-    assert_accurate(info, sample, spread(random_like(sample.x)))
+    assert_accurate(info, sample, spread(info.gradient(sample)))
 
 
 @pytest.mark.slow
@@ -156,7 +156,7 @@ def test_more_than_32_bits_of_values(info: OpInfo, layout: str, backend: str, de
     n = 2**31 // (64 * 112 * 112) + 2
     few = info.sample((1, 64, 112, 112), dtype=torch.bfloat16, layout=layout, device=device)
     few = with_grad(few)
-    grad = random_like(few.x)
+    grad = info.gradient(few)
     grad = grad.contiguous(memory_format=torch.channels_last) if layout == "channels_last" else grad
     expected = run(info.op, few, grad)
     many = with_grad(Sample((few.x.detach().expand(n, -1, -1, -1), *few.args[1:]), few.kwargs))

@@ -15,6 +15,7 @@ pytestmark = once
 ROOT = Path(__file__).parent.parent.parent
 ROOMS = (
     "convblocks/ops/{}.py",
+    "convblocks/opinfo/{}.py",
     "csrc/{}.h",
     "csrc/{}.cpp",
     "csrc/cpu/{}.cpp",

@@ -49,7 +49,7 @@ def test_grad_and_vjp(info: OpInfo, options: Options, backend: str, device: str)
     for argnums in (0, every):
         got = grad(lambda *t: op(*t).square().sum(), argnums)(*tensors)
         torch.testing.assert_close(got, grad(lambda *t: reference(*t).square().sum(), argnums)(*tensors))
-    g = random_like(sample.x)
+    g = info.gradient(sample)
     torch.testing.assert_close(vjp(op, *tensors)[1](g), vjp(reference, *tensors)[1](g))
 
 
@@ -74,7 +74,7 @@ def test_forward_mode_where_a_gradient_is_wanted_too(info: OpInfo, backend: str,
     results = []
     for function in (op, reference):
         with forward_ad.dual_level():
-            y = function(forward_ad.make_dual(tensors[0], random_like(sample.x)), *tensors[1:])
+            y = function(forward_ad.make_dual(tensors[0], info.gradient(sample)), *tensors[1:])
             primal, tangent = forward_ad.unpack_dual(y)
             results.append((tangent, *torch.autograd.grad((primal * tangent).sum(), tensors)))
     torch.testing.assert_close(*results)
@@ -109,7 +109,7 @@ def test_vmap_over_the_backward_operator(info: OpInfo, dispatched: str, device: 
     if backends.extension_error is not None:
         pytest.skip(f"no backward operator: {backends.extension_error}")
     sample = info.sample((2, 4, 3, 3), dtype=torch.float64, device=device)
-    gradients = torch.stack([random_like(sample.x, seed=seed) for seed in range(3)])
+    gradients = torch.stack([info.gradient(sample, seed=seed) for seed in range(3)])
     leaves = with_grad(sample)
     y = info.op(*leaves.args, **leaves.kwargs)
     batched = torch.autograd.grad(y, leaves.tensors(), gradients, is_grads_batched=True)
@@ -131,13 +131,16 @@ def test_jacobians_and_hessian(info: OpInfo, backend: str, device: str) -> None:
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 @each_op
 def test_autocast(info: OpInfo, dtype: torch.dtype, backend: str, device: str) -> None:
-    """As with timm's blocks the result has the dtype of the map, and the kernels compute as without autocast."""
+    """As with timm's gates the result has the dtype of the map, and the kernels compute as without autocast. What
+    stands for a convolution computes in the dtype of autocast, as torch's does."""
     sample = info.sample((2, 8, 5, 3), dtype=dtype, parameter_dtype=torch.float32, device=device)
-    with torch.autocast(device, torch.bfloat16 if dtype == torch.float32 else dtype):
+    low = torch.bfloat16 if dtype == torch.float32 else dtype
+    with torch.autocast(device, low):
         y = info.op(*sample.args, **sample.kwargs)
-    assert y.dtype == dtype
+    same = sample.map(lambda t: t.to(low)) if info.autocasts else sample
+    assert y.dtype == same.x.dtype
     if backend != "reference":
-        assert torch.equal(y, info.op(*sample.args, **sample.kwargs))
+        assert torch.equal(y, info.op(*same.args, **same.kwargs))
 
 
 @each_op
