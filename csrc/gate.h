@@ -4,7 +4,7 @@
 
 namespace convblocks {
 
-enum class Activation : int32_t { relu, relu6, silu, gelu, gelu_tanh, hardswish, leaky_relu };
+enum class Activation : int32_t { relu, relu6, silu, gelu, gelu_tanh, hardswish, leaky_relu, none };
 enum class Gate : int32_t { sigmoid, hardsigmoid };
 
 constexpr double kLeakySlope = 0.01;

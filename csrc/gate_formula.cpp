@@ -16,6 +16,7 @@ Tensor activate(const Tensor& x, Activation activation) {
     case Activation::gelu_tanh: return at::gelu(x, "tanh");
     case Activation::hardswish: return at::hardswish(x);
     case Activation::leaky_relu: return at::leaky_relu(x, kLeakySlope);
+    case Activation::none: return x;
   }
   TORCH_INTERNAL_ASSERT(false);
 }
@@ -32,6 +33,7 @@ Tensor activate_backward(const Tensor& grad, const Tensor& x, Activation activat
     case Activation::gelu_tanh: return at::gelu_backward(grad, x, "tanh");
     case Activation::hardswish: return at::hardswish_backward(grad, x);
     case Activation::leaky_relu: return at::leaky_relu_backward(grad, x, kLeakySlope, false);
+    case Activation::none: return grad;
   }
   TORCH_INTERNAL_ASSERT(false);
 }

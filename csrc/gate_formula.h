@@ -9,8 +9,8 @@
 
 namespace convblocks {
 
-inline constexpr std::array<std::string_view, 7> kActivationNames{"relu",      "relu6",     "silu",      "gelu",
-                                                                  "gelu_tanh", "hardswish", "leaky_relu"};
+inline constexpr std::array<std::string_view, 8> kActivationNames{"relu",      "relu6",     "silu",       "gelu",
+                                                                  "gelu_tanh", "hardswish", "leaky_relu", "none"};
 inline constexpr std::array<std::string_view, 2> kGateNames{"sigmoid", "hardsigmoid"};
 
 at::Tensor activate(const at::Tensor& x, Activation activation);

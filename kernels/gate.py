@@ -30,9 +30,11 @@ def activate(x, ACTIVATION: tl.constexpr):
         return x * tl.sigmoid((x + x * x * x * GELU_CUBE) * GELU_TANH)  # (1 + tanh(z)) / 2 = sigmoid(2 z)
     elif ACTIVATION == "hardswish":
         return x * _clamp6(x + 3) / 6
-    else:
-        tl.static_assert(ACTIVATION == "leaky_relu")
+    elif ACTIVATION == "leaky_relu":
         return tl.where(x > 0, x, x * LEAKY_SLOPE)
+    else:
+        tl.static_assert(ACTIVATION == "none")
+        return x
 
 
 @triton.jit
@@ -52,8 +54,10 @@ def activate_backward(grad, x, ACTIVATION: tl.constexpr):
         return grad * (s + x * s * (1 - s) * (1 + x * x * (3 * GELU_CUBE)) * GELU_TANH)
     elif ACTIVATION == "hardswish":
         return tl.where(x <= -3, 0.0, tl.where(x < 3, grad * (x / 3 + 0.5), grad))
-    else:
+    elif ACTIVATION == "leaky_relu":
         return tl.where(x > 0, grad, grad * LEAKY_SLOPE)
+    else:
+        return grad
 
 
 @triton.jit

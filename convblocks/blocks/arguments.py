@@ -22,6 +22,7 @@ _NAMES = {
     "torch.nn.modules.activation.LeakyReLU": "leaky_relu",
     "torch.nn.modules.activation.Sigmoid": "sigmoid",
     "torch.nn.modules.activation.Hardsigmoid": "hardsigmoid",
+    "torch.nn.modules.linear.Identity": "none",
     "timm.layers.activations.GELU": "gelu",
     "timm.layers.activations.GELUTanh": "gelu_tanh",
     "timm.layers.activations.HardSigmoid": "hardsigmoid",

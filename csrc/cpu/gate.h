@@ -34,6 +34,7 @@ inline V activate(V v, Activation activation) {
     case Activation::gelu_tanh: return v * sigmoid(tanh_argument(v));
     case Activation::hardswish: return v * clamp(v + 3, 0, 6) / 6;
     case Activation::leaky_relu: return v < 0 ? v * A(kLeakySlope) : v;
+    case Activation::none: return v;
   }
   return v;
 }
@@ -59,6 +60,7 @@ inline V activation_slope(V v, Activation activation) {
     }
     case Activation::hardswish: return v <= -3 ? zero : v < 3 ? v / 3 + A(0.5) : one;
     case Activation::leaky_relu: return v > 0 ? one : splat<V>(kLeakySlope);
+    case Activation::none: return one;
   }
   return one;
 }

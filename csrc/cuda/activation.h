@@ -37,6 +37,7 @@ __device__ A activate(A x, Activation activation) {
     case Activation::gelu_tanh: return x / 2 * (1 + gelu_tanh_term(x));
     case Activation::hardswish: return x * clamp(x + 3, A(0), A(6)) / 6;
     case Activation::leaky_relu: return x < 0 ? x * A(kLeakySlope) : x;
+    case Activation::none: return x;
   }
   return x;
 }
@@ -58,6 +59,7 @@ __device__ A activation_grad(A grad, A x, Activation activation) {
     }
     case Activation::hardswish: return x <= -3 ? A(0) : x < 3 ? grad * (x / 3 + A(0.5)) : grad;
     case Activation::leaky_relu: return x > 0 ? grad : grad * A(kLeakySlope);
+    case Activation::none: return grad;
   }
   return grad;
 }

@@ -1,0 +1,160 @@
+#include "depthwise_conv2d.h"
+
+#include <ATen/ops/constant_pad_nd.h>
+#include <ATen/ops/convolution.h>
+#include <ATen/ops/convolution_backward.h>
+#include <ATen/ops/empty.h>
+
+#include "gate_formula.h"
+#include "op.h"
+
+namespace convblocks {
+
+struct DepthwiseConv2d {
+  using MaybeTensor = std::optional<Tensor>;
+  using Gradients = std::tuple<Tensor, Tensor, Tensor>;
+  using Sizes = c10::SymIntArrayRef;
+
+  static constexpr const char* name = "depthwise_conv2d";
+  static constexpr const char* schema =
+      "(Tensor x, Tensor weight, Tensor? bias, SymInt[2] stride, SymInt[4] padding, SymInt[2] dilation, "
+      "str activation) -> Tensor";
+  static constexpr const char* backward_schema =
+      "(Tensor grad, Tensor x, Tensor weight, Tensor? bias, SymInt[2] stride, SymInt[4] padding, SymInt[2] dilation, "
+      "str activation) -> (Tensor, Tensor, Tensor)";
+  static constexpr bool autocasts = true;
+
+  static void check_numbers(const char* argument, Sizes values, size_t count, int64_t least) {
+    bool ok = values.size() == count;
+    for (const auto& value : values) ok = ok && value >= least;
+    TORCH_CHECK_VALUE(ok, name, ": expected ", argument, " of ", count, " numbers >= ", least, ", got ", values);
+  }
+
+  static void check(const Tensor& x, const Tensor& weight, const MaybeTensor& bias, Sizes stride, Sizes padding,
+                    Sizes dilation, std::string_view activation) {
+    check_feature_map(name, x);
+    TORCH_CHECK_TYPE(weight.defined(), name, ": expected weight to be a tensor, got None");
+    check_parameter(name, "weight", weight, x);
+    check_parameter(name, "bias", bias, x);
+    check_same_dtype(name, "bias", bias, "weight", weight);
+    const auto c = x.sym_size(1);
+    const bool depthwise = weight.dim() == 4 && weight.sym_size(1) == 1 && c > 0 && weight.sym_size(0) > 0 &&
+                           weight.sym_size(0) % c == 0 && weight.sym_size(2) > 0 && weight.sym_size(3) > 0;
+    TORCH_CHECK_VALUE(depthwise, name, ": expected weight of size [", c, " * m, 1, kh, kw], got ", size_of(weight));
+    TORCH_CHECK_VALUE(!bias.has_value() || (bias->dim() == 1 && bias->sym_size(0) == weight.sym_size(0)), name,
+                      ": expected bias of size [", weight.sym_size(0), "], got ", size_of(*bias));
+    check_numbers("stride", stride, 2, 1);
+    check_numbers("padding", padding, 4, 0);
+    check_numbers("dilation", dilation, 2, 1);
+    check_one_of(name, "activation", activation, kActivationNames);
+    const auto padded_h = x.sym_size(2) + padding[2] + padding[3], padded_w = x.sym_size(3) + padding[0] + padding[1];
+    const auto kernel_h = dilation[0] * (weight.sym_size(2) - 1) + 1,
+               kernel_w = dilation[1] * (weight.sym_size(3) - 1) + 1;
+    TORCH_CHECK_VALUE(kernel_h <= padded_h && kernel_w <= padded_w, name, ": expected a padded input of at least ",
+                      kernel_h, " x ", kernel_w, ", the size of the dilated kernel, got ", padded_h, " x ", padded_w);
+  }
+
+  static std::vector<c10::SymInt> output_size(const Tensor& x, const Tensor& weight, const MaybeTensor&, Sizes stride,
+                                              Sizes padding, Sizes dilation, std::string_view) {
+    const auto side = [&](int i, const c10::SymInt& pad) {
+      return (x.sym_size(2 + i) + pad - dilation[i] * (weight.sym_size(2 + i) - 1) - 1) / stride[i] + 1;
+    };
+    return {x.sym_size(0), weight.sym_size(0), side(0, padding[2] + padding[3]), side(1, padding[0] + padding[1])};
+  }
+
+  static Activation activation_of(std::string_view text) {
+    return static_cast<Activation>(check_one_of(name, "activation", text, kActivationNames));
+  }
+
+  // The arguments of torch's convolution, which pads alike on both sides and nothing not at all: else x is padded before.
+  struct Convolution {
+    Tensor x, weight;
+    MaybeTensor bias;
+    std::vector<c10::SymInt> stride, padding, dilation;
+    bool padded;
+
+    Convolution(const Tensor& x_, const Tensor& weight_, const MaybeTensor& bias_, Sizes stride_, Sizes padding_,
+                Sizes dilation_)
+        : x(x_), weight(weight_.to(x_.scalar_type())), bias(bias_), stride(stride_.vec()),
+          padding{padding_[2], padding_[0]}, dilation(dilation_.vec()),
+          padded(padding_[0] != padding_[1] || padding_[2] != padding_[3] || x_.sym_numel() == 0) {
+      if (bias.has_value()) bias = bias->to(x.scalar_type());
+      if (!padded) return;
+      x = at::constant_pad_nd_symint(x, padding_);
+      padding = {0, 0};
+    }
+    Tensor operator()() const {
+      return at::convolution_symint(x, weight, bias, stride, padding, dilation, false, {0, 0}, x.sym_size(1));
+    }
+  };
+
+  static Tensor formula(const Tensor& x, const Tensor& weight, const MaybeTensor& bias, Sizes stride, Sizes padding,
+                        Sizes dilation, std::string_view activation) {
+    return activate(Convolution(x, weight, bias, stride, padding, dilation)(), activation_of(activation));
+  }
+
+  static Gradients backward_formula(const Tensor& grad, const Tensor& x, const Tensor& weight, const MaybeTensor& bias,
+                                    Sizes stride, Sizes padding, Sizes dilation, std::string_view activation) {
+    const Convolution convolution(x, weight, bias, stride, padding, dilation);
+    const Activation kind = activation_of(activation);
+    const Tensor inner = kind == Activation::none ? grad : activate_backward(grad, convolution(), kind);
+    const std::vector<c10::SymInt> bias_size{weight.sym_size(0)};
+    auto [grad_x, grad_weight, grad_bias] = at::convolution_backward_symint(
+        inner, convolution.x, convolution.weight, bias_size, convolution.stride, convolution.padding,
+        convolution.dilation, false, {0, 0}, x.sym_size(1), {true, true, bias.has_value()});
+    if (convolution.padded) {
+      grad_x = grad_x.narrow_symint(2, padding[2], x.sym_size(2)).narrow_symint(3, padding[0], x.sym_size(3));
+    }
+    grad_bias = bias.has_value() ? grad_bias.to(bias->scalar_type()) : at::empty({0}, x.options());
+    return {grad_x, grad_weight.to(weight.scalar_type()), grad_bias};
+  }
+
+  static DepthwiseConv2dShape shape(const Tensor& x, const Tensor& weight, const Tensor& y, Sizes stride, Sizes padding,
+                                    Sizes dilation) {
+    const auto number = [](const c10::SymInt& value) { return value.expect_int(); };
+    return {x.size(0),           x.size(1),          weight.size(0) / x.size(1),
+            x.size(2),           x.size(3),          y.size(2),
+            y.size(3),           weight.size(2),     weight.size(3),
+            number(stride[0]),   number(stride[1]),  number(dilation[0]),
+            number(dilation[1]), number(padding[2]), number(padding[0])};
+  }
+
+  // One format for all maps of a call: with a single channel a map is a plane only if the other is one, too.
+  static at::MemoryFormat common_format(const Tensor& x, const Tensor& y) {
+    return x.size(1) == 1 && y.size(1) == 1 ? at::MemoryFormat::Contiguous : memory_format(x);
+  }
+
+  static void run(const Call& kernel, const Tensor& y, const Tensor& x, const Tensor& weight, const MaybeTensor& bias,
+                  Sizes stride, Sizes padding, Sizes dilation, std::string_view activation) {
+    const Tensor w = weight.contiguous();
+    const MaybeTensor b = bias.has_value() ? MaybeTensor(bias->contiguous()) : bias;
+    const auto format = common_format(x, y);
+    const Walk from(x, format), to(y, format);
+    kernel(DepthwiseConv2dArgs{dtype_of(x),
+                               shape(x, weight, y, stride, padding, dilation),
+                               {dtype_of(w), w.const_data_ptr(), data_of(b), activation_of(activation)},
+                               from.map,
+                               to.map});
+  }
+
+  static void run_backward(const Call& kernel, Grads& grads, const Tensor& grad, const Tensor& x, const Tensor& weight,
+                           const MaybeTensor& bias, Sizes stride, Sizes padding, Sizes dilation,
+                           std::string_view activation) {
+    const Tensor w = weight.contiguous();
+    const MaybeTensor b = bias.has_value() ? MaybeTensor(bias->contiguous()) : bias;
+    const auto format = common_format(x, grad);
+    const Walk gradient(grad, format), from(x, format), to(grads[0], format);
+    kernel(DepthwiseConv2dBackwardArgs{dtype_of(x),
+                                       shape(x, weight, grad, stride, padding, dilation),
+                                       {dtype_of(w), w.const_data_ptr(), data_of(b), activation_of(activation)},
+                                       gradient.map,
+                                       from.map,
+                                       to.map,
+                                       grads[1].data_ptr(),
+                                       bias.has_value() ? grads[2].data_ptr() : nullptr});
+  }
+};
+
+CONVBLOCKS_REGISTER(DepthwiseConv2d)
+
+}  // namespace convblocks
