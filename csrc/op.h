@@ -208,7 +208,8 @@ struct Operator<Op, Tensor (*)(Args...), Gradient (*)(BackwardArgs...)> {
   // Devices without kernels of their own.
   static Tensor fallback(Args... args) {
     Op::check(args...);
-    return Op::formula(args...).contiguous(memory_format(std::get<0>(std::tie(args...))));
+    const Tensor y = Op::formula(args...), like = empty_output(args...);
+    return y.strides() == like.strides() ? y : like.copy_(y);
   }
   static Gradient fallback_backward(BackwardArgs... args) {
     check_backward(args...);

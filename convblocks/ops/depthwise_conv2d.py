@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch.nn.functional as F
 from torch import Tensor
@@ -92,6 +93,13 @@ def _four(padding: Padding, x: Tensor, weight: Tensor, stride: Sequence[int], di
     return four or (0, 0, 0, 0)  # what is wrong otherwise, the check says
 
 
+def _arguments(
+    x: Tensor, weight: Tensor, bias: Tensor | None, stride: Pair, padding: Padding, dilation: Pair, activation: str
+) -> tuple[Any, ...]:
+    stride, dilation = _pair(stride), _pair(dilation)
+    return x, weight, bias, stride, _four(padding, x, weight, stride, dilation), dilation, activation
+
+
 def reference(
     x: Tensor,
     weight: Tensor,
@@ -117,6 +125,7 @@ operator = Operator(
     check,
     reference,
     output_size=output_size,
+    arguments=_arguments,
 )
 
 
@@ -161,5 +170,4 @@ def depthwise_conv2d(
         >>> x, weight = torch.randn(2, 32, 56, 56), torch.randn(32, 1, 3, 3)
         >>> y = convblocks.ops.depthwise_conv2d(x, weight, stride=2, padding=1, activation="relu6")
     """
-    stride, dilation = _pair(stride), _pair(dilation)
-    return operator(x, weight, bias, stride, _four(padding, x, weight, stride, dilation), dilation, activation)
+    return operator(*_arguments(x, weight, bias, stride, padding, dilation, activation))

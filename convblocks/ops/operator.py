@@ -40,9 +40,10 @@ class Operator:
         *,
         linear: bool = False,  # in its map, its only tensor: the backward takes no map
         output_size: Callable[..., Sequence[int]] = lambda x, *args: x.shape,
+        arguments: Callable[..., tuple[Any, ...]] = lambda *args: args,  # those of the dispatcher from a call's
     ) -> None:
         self.name, self.check, self.reference, self.linear = name, check, reference, linear
-        self.output_size = output_size
+        self.output_size, self.arguments = output_size, arguments
         backends.load_extension()
         if backends.extension_error is None and not hasattr(torch.ops.convblocks, name):
             backends.stale.add(name)
@@ -77,5 +78,6 @@ class Operator:
         self.check(*args)
         x: Tensor = args[0]
         y, layout = self.reference(*args), memory_format(x)
-        # A map of one channel is contiguous in both formats, whichever of their strides it has.
-        return y.contiguous(memory_format=layout) if y.shape[1] > 1 else y.clone(memory_format=layout)
+        # A map of one channel or one pixel is contiguous in both formats, whichever of their strides it has.
+        both = y.shape[1] == 1 or y.shape[2:] == (1, 1)
+        return y.clone(memory_format=layout) if both else y.contiguous(memory_format=layout)

@@ -384,6 +384,9 @@ struct Depthwise {
           for (int64_t piece = 1; piece < pieces; piece++) sum += load(sums + (piece * blocks + b) * block + i);
           store(total.data() + i, sum);
         }
+        // A gradient that is NaN makes all taps NaN, also those that it meets in the padding: so do its products with 0.
+        const Vec<A> all = load(total.data() + taps * L), nan = all == all ? Vec<A>{} : all;
+        for (int64_t i = 0; i < taps * L; i += L) store(total.data() + i, load(total.data() + i) + nan);
         const int count = overlap ? L : lanes(b / m);
         const int64_t channel = overlap ? std::min(b * L, shape.c - L) : b / m * L * m + b % m;
         scatter_lanes<W>(total.data(), {grad_weight + channel * taps, m * taps, 1, count}, 0, taps);

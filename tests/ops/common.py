@@ -15,6 +15,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from convblocks import backends
 from convblocks.accuracy import Judge
 from convblocks.opinfo import LAYOUTS, OPS, OpInfo, Sample
 from tests.conftest import EMULATED, INTERPRETED
@@ -85,7 +86,7 @@ def operands(info: OpInfo, sample: Sample) -> tuple[Any, ...]:
     """The arguments as torch.ops.convblocks takes them: all, in the order of the signature."""
     call = inspect.signature(info.op).bind(*sample.args, **sample.kwargs)
     call.apply_defaults()
-    return tuple(call.arguments.values())
+    return backends.operators[info.name].arguments(*call.arguments.values())
 
 
 def backward_operands(info: OpInfo, sample: Sample, grad: Tensor) -> tuple[Any, ...]:

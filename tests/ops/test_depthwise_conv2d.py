@@ -1,0 +1,78 @@
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import nn
+
+import convblocks
+from convblocks.ops import depthwise_conv2d
+from tests.ops.common import SLOW
+
+
+@pytest.mark.parametrize("size", [(7, 7), (8, 13), (5, 2), (1, 1)])
+@pytest.mark.parametrize("stride", [1, 2, 3])
+@pytest.mark.parametrize(("kernel", "dilation"), [(1, 1), (2, 1), (3, 1), (5, 1), (3, 2)])
+def test_same_padding_is_that_of_tensorflow(
+    size: tuple[int, int], stride: int, kernel: int, dilation: int, backend: str, device: str
+) -> None:
+    """A result of ceil(size / stride); the odd zero goes to the right and the bottom."""
+    x, weight = torch.randn(1, 2, *size, device=device), torch.randn(2, 1, kernel, kernel, device=device)
+    y = depthwise_conv2d(x, weight, stride=stride, padding="same", dilation=dilation)
+    assert y.shape[2:] == tuple(-(-side // stride) for side in size)
+    totals = [max(0, (-(-n // stride) - 1) * stride + dilation * (kernel - 1) + 1 - n) for n in size]
+    (top, bottom), (left, right) = [(total // 2, total - total // 2) for total in totals]
+    padded = nn.functional.pad(x, (left, right, top, bottom))
+    torch.testing.assert_close(y, nn.functional.conv2d(padded, weight, None, stride, 0, dilation, 2))
+
+
+def test_forms_of_the_numbers(backend: str, device: str) -> None:
+    x, weight = torch.randn(2, 3, 9, 8, device=device), torch.randn(3, 1, 3, 5, device=device)
+    expected = nn.functional.conv2d(x, weight, None, (2, 1), (1, 2), (1, 1), 3)
+    for padding in ((1, 2), [1, 2], (2, 2, 1, 1)):
+        torch.testing.assert_close(depthwise_conv2d(x, weight, stride=[2, 1], padding=padding), expected)
+    expected = nn.functional.conv2d(x, weight, None, 2, 3, 2, 3)
+    torch.testing.assert_close(depthwise_conv2d(x, weight, stride=2, padding=3, dilation=2), expected)
+
+
+@pytest.mark.parametrize("channels", [17] if SLOW else [1, 3, 15, 16, 17, 33])
+@pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last])
+@pytest.mark.parametrize(
+    ("kernel", "stride", "dilation", "width"),
+    [(3, 1, 1, 29), (3, 2, 1, 30), (5, 2, 1, 15), (7, 1, 1, 23), (31, 1, 1, 17), (3, 1, 2, 15), (5, 2, 3, 22)],
+)
+def test_every_tile(
+    kernel: int,
+    stride: int,
+    dilation: int,
+    width: int,
+    channels: int,
+    layout: torch.memory_format,
+    backend: str,
+    device: str,
+) -> None:
+    """Whole and partial tiles of columns and of channels, with their gradients."""
+    x = torch.randn(2, channels, 9, width, device=device, dtype=torch.float64).to(memory_format=layout)
+    weight = torch.randn(channels, 1, kernel, kernel, device=device, dtype=torch.float64)
+    results = []
+    for function in (depthwise_conv2d, nn.functional.conv2d):
+        a, w = x.clone().requires_grad_(), weight.clone().requires_grad_()
+        options = {} if function is depthwise_conv2d else {"groups": channels}
+        y = function(a, w, stride=stride, padding=dilation * (kernel // 2), dilation=dilation, **options)  # type: ignore[operator]
+        grad = torch.linspace(-1, 1, y.numel(), device=device, dtype=y.dtype).view(y.shape)
+        results.append((y, *torch.autograd.grad(y, (a, w), grad)))
+    for got, expected in zip(*results, strict=True):
+        torch.testing.assert_close(got, expected)
+
+
+def test_a_gradient_that_is_nan_reaches_taps_in_the_padding(backend: str, device: str) -> None:
+    """They multiply it by the zeros there."""
+    x = torch.randn(1, 2, 3, 3, device=device, dtype=torch.float64, requires_grad=True)
+    weight = torch.randn(2, 1, 3, 3, device=device, dtype=torch.float64, requires_grad=True)
+    y = convblocks.ops.depthwise_conv2d(x, weight, padding=1)
+    grad = torch.zeros_like(y)
+    grad[0, 0, 0, 0] = float("nan")
+    grad_x, grad_weight = torch.autograd.grad(y, (x, weight), grad)
+    assert grad_weight[0].isnan().all()
+    assert not grad_weight[1].isnan().any()
+    assert grad_x[0, 0, :2, :2].isnan().all()
+    assert not grad_x[0, 0, 2].isnan().any()
