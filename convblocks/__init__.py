@@ -14,6 +14,8 @@ from convblocks.backends import use_backend, why_not  # noqa: E402
 from convblocks.blocks import (  # noqa: E402
     ECA,
     ChannelShuffle,
+    DepthwiseConv2d,
+    DepthwiseSeparableConv,
     EffectiveSqueezeExcite,
     SimAM,
     SqueezeExcite,
@@ -24,6 +26,8 @@ __version__ = "0.1.0"
 __all__ = [
     "ECA",
     "ChannelShuffle",
+    "DepthwiseConv2d",
+    "DepthwiseSeparableConv",
     "EffectiveSqueezeExcite",
     "SimAM",
     "SqueezeExcite",

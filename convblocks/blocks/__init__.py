@@ -2,8 +2,19 @@
 
 from convblocks.blocks.channel_shuffle import ChannelShuffle
 from convblocks.blocks.convert import convert_state_dict
+from convblocks.blocks.depthwise_conv2d import DepthwiseConv2d
+from convblocks.blocks.depthwise_separable_conv import DepthwiseSeparableConv
 from convblocks.blocks.eca import ECA
 from convblocks.blocks.simam import SimAM
 from convblocks.blocks.squeeze_excite import EffectiveSqueezeExcite, SqueezeExcite
 
-__all__ = ["ECA", "ChannelShuffle", "EffectiveSqueezeExcite", "SimAM", "SqueezeExcite", "convert_state_dict"]
+__all__ = [
+    "ECA",
+    "ChannelShuffle",
+    "DepthwiseConv2d",
+    "DepthwiseSeparableConv",
+    "EffectiveSqueezeExcite",
+    "SimAM",
+    "SqueezeExcite",
+    "convert_state_dict",
+]

@@ -81,6 +81,28 @@ def one_layer(name: str, hosts: str) -> Step:
     return step
 
 
+def separable(depthwise: str, bn1: str, pointwise: str, bn2: str) -> Step:
+    """A step that makes a depthwise-separable convolution's ``conv_dw``, ``bn1``, ``conv_pw``, ``bn2`` of four layers.
+
+    Shapes tell it from two other convolutions of these names; the norms need not be there.
+    """
+
+    def step(sd: StateDict) -> StateDict:
+        for key, w1 in list(sd.items()):
+            prefix = key.removesuffix(f"{depthwise}.weight")
+            w2: Any = sd.get(f"{prefix}{pointwise}.weight")
+            if prefix == key or not (prefix.endswith(".") or prefix == "") or not _is_pointwise(w2):
+                continue
+            if isinstance(w1, Tensor) and w1.dim() == 4 and w1.shape[1] == 1 and w1.shape[0] == w2.shape[1]:
+                names = ((depthwise, "conv_dw"), (bn1, "bn1"), (pointwise, "conv_pw"), (bn2, "bn2"))
+                layers = {prefix + old: prefix + new for old, new in names}
+                parts = [(k.rpartition("."), v) for k, v in sd.items()]
+                sd = {f"{layers.get(host, host)}{dot}{name}": v for (host, dot, name), v in parts}
+        return sd
+
+    return step
+
+
 @dataclass(frozen=True)
 class Layout:
     name: str
@@ -97,10 +119,38 @@ _SE_MODULE = rename(r"(.*\.)?se_module\.(.+)", r"\1se.\2")  # Cadene's networks,
 LAYOUTS = (
     Layout("convblocks", ()),
     Layout("torchvision", ()),
-    Layout("timm", (_SE_MODULE, bottleneck("conv_reduce", "conv_expand"), one_layer("conv", r".*\batt\."))),
+    Layout(
+        "timm",
+        (
+            _SE_MODULE,
+            bottleneck("conv_reduce", "conv_expand"),
+            one_layer("conv", r".*\batt\."),
+            separable("conv1", "bn1", "pointwise", "bn2"),  # Xception
+            separable("conv_dw", "bn_dw", "conv_pw", "bn_pw"),  # aligned Xception
+        ),
+    ),
+    Layout("segmentation_models_pytorch", (separable("0", "2", "1", "3"),)),
     # moskomule's senet.pytorch and External-Attention (two linear layers), ECANet
-    Layout("official", (_SE_MODULE, bottleneck("fc.0", "fc.2"), rename(r"(.*\.)eca\.(conv\..+)", r"\1se.\2"))),
-    Layout("pytorchcv", (bottleneck("conv1", "conv2", r"|.*\bse\."), bottleneck("fc1", "fc2"))),
+    Layout(
+        "official",
+        (
+            _SE_MODULE,
+            bottleneck("fc.0", "fc.2"),
+            rename(r"(.*\.)eca\.(conv\..+)", r"\1se.\2"),
+            separable("conv", "bn1", "pointwise", "bn2"),
+            separable("depthwise_conv", "bn1", "pointwise_conv", "bn2"),
+            separable("depth_conv.0", "depth_conv.1", "point_conv.0", "point_conv.1"),
+        ),
+    ),
+    Layout(
+        "pytorchcv",
+        (
+            bottleneck("conv1", "conv2", r"|.*\bse\."),
+            bottleneck("fc1", "fc2"),
+            separable("dw_conv.conv", "dw_conv.bn", "pw_conv.conv", "pw_conv.bn"),
+            separable("dw_conv", "bn1", "pw_conv", "bn2"),
+        ),
+    ),
     Layout(
         "efficientnet_pytorch",
         (
@@ -142,8 +192,8 @@ def convert_state_dict(sd: Mapping[str, Any], source: str | None = None, model: 
     Known layouts, of a block or of a whole network: "timm" (EfficientNet's ``conv_reduce`` / ``conv_expand``,
     ``se_module``, HGNet's one-layer ``att.conv``), "torchvision", "official" (the linear layers ``fc.0`` / ``fc.2`` of
     senet.pytorch and External-Attention, ECANet's ``eca``), "pytorchcv" (``conv1`` / ``conv2``),
-    "efficientnet_pytorch" (``_se_reduce`` / ``_se_expand``), "convblocks". The prefixes of DataParallel and
-    torch.compile are dropped.
+    "efficientnet_pytorch" (``_se_reduce`` / ``_se_expand``), "segmentation_models_pytorch", "convblocks"; of most also
+    the names of a depthwise-separable convolution's layers. The prefixes of DataParallel and torch.compile are dropped.
 
     Args:
         sd: a state dict; it stays as it is. The result shares its tensors.

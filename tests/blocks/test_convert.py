@@ -54,6 +54,36 @@ def test_squeeze_excite(source: str, names: tuple[str, str], linear: bool, wrapp
     assert list(sd) == [wrapper + k for k in given]
 
 
+@pytest.mark.parametrize(
+    ("source", "names"),
+    [
+        ("convblocks", ("conv_dw", "bn1", "conv_pw", "bn2")),
+        ("timm", ("conv1", None, "pointwise", None)),
+        ("timm", ("conv_dw", "bn_dw", "conv_pw", "bn_pw")),
+        ("segmentation_models_pytorch", ("0", None, "1", None)),
+        ("official", ("conv", None, "pointwise", None)),
+        ("official", ("depthwise_conv", None, "pointwise_conv", None)),
+        ("official", ("depth_conv.0", "depth_conv.1", "point_conv.0", "point_conv.1")),
+        ("pytorchcv", ("dw_conv", None, "pw_conv", None)),
+        ("pytorchcv", ("dw_conv.conv", "dw_conv.bn", "pw_conv.conv", "pw_conv.bn")),
+    ],
+)
+def test_depthwise_separable(source: str, names: tuple[str | None, ...]) -> None:
+    norms = names[1] is not None
+    block = convblocks.DepthwiseSeparableConv(C, 2 * C, dw_norm=norms, pw_norm=norms)
+    given = dict(zip(("conv_dw", "bn1", "conv_pw", "bn2"), names, strict=True))
+    for prefix in ("", "blocks.3.conv."):
+        sd = {}
+        for key, value in block.state_dict().items():
+            layer, _, name = key.partition(".")
+            sd[f"{prefix}{given[layer]}.{name}"] = torch.randn_like(value) if value.is_floating_point() else value + 7
+        for converted in (convert_state_dict(sd), convert_state_dict(sd, source=source)):
+            ours = {k.removeprefix(prefix): v for k, v in converted.items()}
+            block.load_state_dict(ours, strict=True)
+            for a, b in zip(block.state_dict().values(), sd.values(), strict=True):
+                assert torch.equal(a, b)
+
+
 def test_one_layer_and_eca() -> None:
     ese = convblocks.EffectiveSqueezeExcite(C)
     sd = timm.models.hgnet.EseModule(C).state_dict()
