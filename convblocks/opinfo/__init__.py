@@ -1,8 +1,9 @@
 """The records of all operations."""
 
-from convblocks.opinfo import channel_shuffle, eca, simam, squeeze_excite
+from convblocks.opinfo import channel_shuffle, concat_shuffle, eca, simam, squeeze_excite
 from convblocks.opinfo.record import DTYPES, LAYOUTS, BadInput, OpInfo, Options, Sample, Size
 
-OPS: dict[str, OpInfo] = {module.INFO.name: module.INFO for module in (squeeze_excite, eca, simam, channel_shuffle)}
+_MODULES = (squeeze_excite, eca, simam, channel_shuffle, concat_shuffle)
+OPS: dict[str, OpInfo] = {module.INFO.name: module.INFO for module in _MODULES}
 
 __all__ = ["DTYPES", "LAYOUTS", "OPS", "BadInput", "OpInfo", "Options", "Sample", "Size"]
