@@ -123,11 +123,11 @@ def peer(kind: str, reference: Callable[..., Tensor]) -> Callable[..., Tensor]:
 
 
 def convert(sample: Sample, layout: str) -> Sample:
-    """The same values with the feature map in ``layout``, one of PEER_LAYOUTS."""
+    """The same values with the feature maps in ``layout``, one of PEER_LAYOUTS."""
     formats = {"contiguous": torch.contiguous_format, "channels_last": torch.channels_last}
 
     def leaf(t: Tensor) -> Tensor:
-        memory_format = formats[layout] if t is sample.x else torch.preserve_format
+        memory_format = formats[layout] if any(t is x for x in sample.maps) else torch.preserve_format
         return t.detach().clone(memory_format=memory_format).requires_grad_(t.requires_grad)
 
     return sample.map(leaf)

@@ -26,7 +26,7 @@ def measure(case: Case, clock: Clock, *, peers: tuple[str, ...], seconds: float,
         samples = {layout: case.sample(layout, seed) for layout in case.layouts}
         ours = _ours(case, samples, seed)
         others = _peers(case, peers, seed)
-        plain = convert(samples[case.layouts[0]], "contiguous").x.detach()
+        plain = torch.cat(convert(samples[case.layouts[0]], "contiguous").maps, 1).detach()
         target = torch.empty_like(plain)
         running = {name: run for name, run in (*ours.items(), *others.items()) if not isinstance(run, str)}
         timings = interleave({**running, "copy": lambda: target.copy_(plain)}, clock, seconds, seed)

@@ -1,6 +1,7 @@
 #include "channel_shuffle.h"
 
 #include "op.h"
+#include "shuffle_call.h"
 
 namespace convblocks {
 
@@ -24,9 +25,7 @@ struct ChannelShuffle {
   }
 
   static void run(const Call& kernel, const Tensor& y, const Tensor& x, c10::SymInt groups) {
-    const auto format = walk_format(x);
-    kernel(ChannelShuffleArgs{dtype_of(x), x.size(0), x.size(1), x.size(2) * x.size(3), groups.expect_int(),
-                              Walk(x, format).map, Walk(y, format).map});
+    call_shuffle(kernel, y, x, groups, false);
   }
   static void run_backward(const Call& kernel, Grads& grads, const Tensor& grad, c10::SymInt groups) {
     run(kernel, grads[0], grad, grad.size(1) / groups.expect_int());

@@ -15,17 +15,18 @@
 //
 // The first argument is the feature map; gradients come in the order of the tensor arguments, an empty tensor for one
 // that is absent. An operation that is linear in its map, its only tensor, leaves the map out of the backward: nothing is
-// kept for it, and the kernel of the operation serves both ways. What an operation may have in addition:
+// kept for it, and the kernel of the operation serves both ways. So is one whose map is a list of maps (Tensor[]): its
+// backward takes their channels (SymInt[]) in their place and returns a list. What an operation may have in addition:
 //
 //     static std::vector<c10::SymInt> output_size(const Tensor& x, double e_lambda);         // else that of x
 //     static constexpr bool autocasts = true;                         // computes, as convolutions do, in autocast's dtype
+//     static Grads empty_grads(const Tensor& grad, c10::SymIntArrayRef channels, ...);       // of a list of maps: always
 #pragma once
 #include <ATen/TensorOperators.h>
 #include <ATen/autocast_mode.h>
 #include <ATen/core/Tensor.h>
 #include <ATen/core/dispatch/Dispatcher.h>
 #include <c10/core/DeviceGuard.h>
-#include <torch/csrc/autograd/VariableTypeUtils.h>
 #include <torch/csrc/autograd/custom_function.h>
 #include <torch/library.h>
 
@@ -34,11 +35,11 @@
 #include <tuple>
 #include <vector>
 
+#include "arguments.h"
 #include "kernel.h"
 
 namespace convblocks {
 
-using at::Tensor;
 using Grads = std::vector<Tensor>;
 using torch::autograd::AutogradContext;
 using torch::autograd::variable_list;
@@ -102,26 +103,7 @@ const void* data_of(const std::optional<Tensor>& t);
 
 // --- registration -----------------------------------------------------------------------------------------------------
 
-bool under_transform();  // a functorch transform (grad, vmap, jvp) is active
-inline bool has_tangent(const Tensor& t) { return torch::autograd::isFwGradDefined(t); }
-inline bool has_tangent(const std::optional<Tensor>& t) { return t.has_value() && has_tangent(*t); }
-template <class T>
-bool has_tangent(const T&) {
-  return false;
-}
-inline bool wants_grad(const Tensor& t) { return t.defined() && t.requires_grad(); }
-inline bool wants_grad(const std::optional<Tensor>& t) { return t.has_value() && wants_grad(*t); }
-template <class T>
-bool wants_grad(const T&) {
-  return false;
-}
-
-template <class T>
-bool is_missing(const T& arg) {
-  if constexpr (std::is_same_v<T, Tensor>) return !arg.defined();
-  return false;
-}
-
+bool under_transform();                                       // a functorch transform (grad, vmap, jvp) is active
 Tensor empty_map(const Tensor& x, c10::SymIntArrayRef size);  // like x, in x's memory format, dense
 inline Tensor empty_map(const Tensor& x) { return empty_map(x, x.sym_sizes()); }
 inline void append_grad(Grads& grads, const Tensor& t) {
@@ -133,16 +115,14 @@ inline void append_grad(Grads& grads, const std::optional<Tensor>& t) {
 template <class T>
 void append_grad(Grads&, const T&) {}
 
-template <class T>
-constexpr bool is_tensor_argument =
-    std::is_same_v<std::decay_t<T>, Tensor> || std::is_same_v<std::decay_t<T>, std::optional<Tensor>>;
-
 template <class Op, class Function = decltype(&Op::formula), class Backward = decltype(&Op::backward_formula)>
 struct Operator;
 
 template <class Op, class... Args, class Gradient, class... BackwardArgs>
 struct Operator<Op, Tensor (*)(Args...), Gradient (*)(BackwardArgs...)> {
-  static constexpr bool linear = sizeof...(BackwardArgs) == sizeof...(Args);
+  using First = std::decay_t<std::tuple_element_t<0, std::tuple<Args...>>>;
+  static constexpr bool many = std::is_same_v<First, at::TensorList>;
+  static constexpr bool linear = many || sizeof...(BackwardArgs) == sizeof...(Args);
   static std::string backward_name() { return std::string(Op::name) + "_backward"; }
   static inline KernelSlot forward_slot{std::string("convblocks_") + Op::name};
   static inline KernelSlot backward_slot{"convblocks_" + (linear ? Op::name : backward_name())};
@@ -163,6 +143,8 @@ struct Operator<Op, Tensor (*)(Args...), Gradient (*)(BackwardArgs...)> {
   static Gradient pack(Grads& grads) {
     if constexpr (std::is_same_v<Gradient, Tensor>) {
       return grads[0];
+    } else if constexpr (many) {
+      return std::move(grads);
     } else {
       return pack(grads, std::make_index_sequence<std::tuple_size_v<Gradient>>());
     }
@@ -174,6 +156,8 @@ struct Operator<Op, Tensor (*)(Args...), Gradient (*)(BackwardArgs...)> {
   static Grads unpack(const Gradient& gradient) {
     if constexpr (std::is_same_v<Gradient, Tensor>) {
       return {gradient};
+    } else if constexpr (many) {
+      return gradient;
     } else {
       return std::apply([](const auto&... g) { return Grads{g...}; }, gradient);
     }
@@ -185,8 +169,10 @@ struct Operator<Op, Tensor (*)(Args...), Gradient (*)(BackwardArgs...)> {
     else
       return std::get<0>(std::tie(args...)).sym_sizes();
   }
-  static Tensor empty_output(Args... args) { return empty_map(std::get<0>(std::tie(args...)), output_size(args...)); }
+  static const Tensor& first(const Args&... args) { return first_map(std::get<0>(std::tie(args...))); }
+  static Tensor empty_output(Args... args) { return empty_map(first(args...), output_size(args...)); }
   static Grads empty_grads(BackwardArgs... args) {
+    if constexpr (many) return Op::empty_grads(args...);
     Grads grads;
     if constexpr (linear)
       append_grad(grads, std::get<0>(std::tie(args...)));
@@ -219,8 +205,8 @@ struct Operator<Op, Tensor (*)(Args...), Gradient (*)(BackwardArgs...)> {
   }
   // Devices with kernels: where there is nothing to compute, or none is loaded, the formula.
   static Tensor forward(Args... args) {
-    const Tensor& x = std::get<0>(std::tie(args...));
-    if (x.numel() == 0 || !forward_slot.on(x)) return fallback(args...);
+    const Tensor& x = first(args...);
+    if (is_empty(std::get<0>(std::tie(args...))) || !forward_slot.on(x)) return fallback(args...);
     Op::check(args...);
     c10::DeviceGuard guard(x.device());
     Tensor y = empty_output(args...);
@@ -229,7 +215,7 @@ struct Operator<Op, Tensor (*)(Args...), Gradient (*)(BackwardArgs...)> {
   }
   static Gradient backward(BackwardArgs... args) {
     const Tensor& x = std::get<linear ? 0 : 1>(std::tie(args...));
-    if (x.numel() == 0 || !backward_slot.on(x)) return fallback_backward(args...);
+    if (is_empty(x) || !backward_slot.on(x)) return fallback_backward(args...);
     check_backward(args...);
     c10::DeviceGuard guard(x.device());
     Grads grads = empty_grads(args...);
@@ -247,7 +233,9 @@ struct Operator<Op, Tensor (*)(Args...), Gradient (*)(BackwardArgs...)> {
     return pack(grads);
   }
 
-  // Keeps the arguments and nothing else; the kernel computes the rest again.
+  // Keeps the arguments and nothing else; the kernel computes the rest again. Of a list of maps, their channels.
+  template <class T>
+  using Kept = std::conditional_t<std::is_same_v<T, at::TensorList>, c10::SymIntArrayRef, T>;
   struct Node : torch::autograd::Function<Node> {
     static Tensor forward(AutogradContext* ctx, Args... args) {
       variable_list saved;
@@ -258,6 +246,8 @@ struct Operator<Op, Tensor (*)(Args...), Gradient (*)(BackwardArgs...)> {
           saved.push_back(linear ? Tensor() : arg);
         } else if constexpr (std::is_same_v<T, std::optional<Tensor>>) {
           saved.push_back(arg.value_or(Tensor()));
+        } else if constexpr (std::is_same_v<T, at::TensorList>) {
+          ctx->saved_data[std::to_string(i)] = c10::IValue(c10::SymIntArrayRef(channels_of(arg)));
         } else if constexpr (std::is_same_v<T, std::string_view>) {
           ctx->saved_data[std::to_string(i)] = std::string(arg);
         } else if constexpr (std::is_same_v<T, c10::SymIntArrayRef>) {
@@ -279,7 +269,7 @@ struct Operator<Op, Tensor (*)(Args...), Gradient (*)(BackwardArgs...)> {
       std::vector<std::vector<c10::SymInt>> lists;
       texts.reserve(sizeof...(Args));
       lists.reserve(sizeof...(Args));
-      auto restore = [&]<class T>(std::type_identity<T>) -> T {
+      auto restore = [&]<class T>(std::type_identity<T>) -> Kept<T> {
         i++;
         if constexpr (std::is_same_v<T, Tensor>) {
           return saved[tensor++];
@@ -288,22 +278,26 @@ struct Operator<Op, Tensor (*)(Args...), Gradient (*)(BackwardArgs...)> {
           return t.defined() ? std::optional<Tensor>(t) : std::nullopt;
         } else if constexpr (std::is_same_v<T, std::string_view>) {
           return texts.emplace_back(ctx->saved_data[std::to_string(i - 1)].toStringRef());
-        } else if constexpr (std::is_same_v<T, c10::SymIntArrayRef>) {
+        } else if constexpr (std::is_same_v<Kept<T>, c10::SymIntArrayRef>) {
           return lists.emplace_back(ctx->saved_data[std::to_string(i - 1)].toSymIntVector());
         } else {
           return ctx->saved_data[std::to_string(i - 1)].to<T>();
         }
       };
       // Braces: the arguments are restored from left to right.
-      std::tuple<std::decay_t<Args>...> args{restore(std::type_identity<std::decay_t<Args>>())...};
+      std::tuple<Kept<std::decay_t<Args>>...> args{restore(std::type_identity<std::decay_t<Args>>())...};
       Grads grads = unpack(std::apply(
           [&](const auto& x, const auto&... rest) {
-            if constexpr (linear)
+            if constexpr (linear && !many)
               return call_backward(grad[0], rest...);
             else
               return call_backward(grad[0], x, rest...);
           },
           args));
+      if constexpr (many) {
+        grads.resize(grads.size() + sizeof...(Args) - 1);  // none for the other arguments
+        return grads;
+      }
       variable_list result;
       tensor = 0;
       ((result.push_back(is_tensor_argument<Args> && (linear || saved[tensor].defined()) ? grads[tensor] : Tensor()),

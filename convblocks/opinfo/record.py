@@ -63,7 +63,12 @@ class Sample:
         return [*self.maps, *self.parameters()]
 
     def map(self, f: Callable[[Tensor], Tensor]) -> Sample:
+        """The call with all tensors replaced, in the order of ``tensors()``."""
         return Sample(_map(self.args, f), self.kwargs)
+
+    def map_maps(self, f: Callable[[Tensor], Tensor]) -> Sample:
+        """The call with its maps replaced."""
+        return Sample((_map(self.args[0], f), *self.args[1:]), self.kwargs)
 
 
 @dataclass(frozen=True)
@@ -101,6 +106,7 @@ class OpInfo:
     dtypes: tuple[torch.dtype, ...] = field(default=DTYPES)
     linear: bool = False  # in its maps, its only tensors: the backward operator takes no map
     maps: Callable[[Size, Options], list[Size]] | None = None  # those of a list of maps, where it takes one
+    bad_gradients: Callable[[str], Iterator[BadInput]] | None = None  # of a linear one, where not as bad_inputs
     autocasts: bool = False  # computes, as torch's convolutions do, in the dtype of autocast
 
     def sample(

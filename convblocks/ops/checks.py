@@ -25,6 +25,23 @@ def feature_map(op: str, x: Tensor) -> None:
         raise TypeError(f"{op}: expected an input of dtype float32, float64, float16 or bfloat16, got {_dtype(x)}")
 
 
+def feature_maps(op: str, maps: Sequence[Tensor]) -> None:
+    """Those that become one along their channels."""
+    if len(maps) == 0:
+        raise ValueError(f"{op}: expected at least one map, got an empty list")
+    for t in maps:
+        feature_map(op, t)
+    x = maps[0]
+    n, _, h, w = x.shape
+    for t in maps:
+        if t.dtype != x.dtype:
+            raise TypeError(f"{op}: expected maps of dtype {_dtype(x)} like the first, got {_dtype(t)}")
+        if t.device != x.device:
+            raise RuntimeError(f"{op}: expected maps on {x.device} like the first, got {t.device}")
+        if (t.shape[0], *t.shape[2:]) != (n, h, w):
+            raise ValueError(f"{op}: expected maps of size [{n}, *, {h}, {w}] like the first, got {_size(t)}")
+
+
 def parameter(op: str, name: str, t: Tensor | None, x: Tensor) -> None:
     """A weight or bias: on the input's device, in its dtype, or in float32 with a half-precision input."""
     if t is None:

@@ -24,6 +24,11 @@ def memory_format(x: Tensor) -> torch.memory_format:
     return torch._prims_common.suggest_memory_format(x)
 
 
+def first_map(maps: Any) -> Any:
+    """Of an operation's first argument, which is a map or a list of maps; None of an empty list."""
+    return next(iter(maps), None) if isinstance(maps, (tuple, list)) else maps
+
+
 class Operator:
     """One operation. Calling it runs ``torch.ops.convblocks.<name>``, or the backend that ``use_backend`` names.
 
@@ -38,12 +43,13 @@ class Operator:
         check: Callable[..., None],
         reference: Callable[..., Tensor],
         *,
-        linear: bool = False,  # in its map, its only tensor: the backward takes no map
+        linear: bool = False,  # in its maps, its only tensors: the backward takes no map
+        check_backward: Callable[..., None] | None = None,  # of one that takes a list of maps
         output_size: Callable[..., Sequence[int]] = lambda x, *args: x.shape,
         arguments: Callable[..., tuple[Any, ...]] = lambda *args: args,  # those of the dispatcher from a call's
     ) -> None:
         self.name, self.check, self.reference, self.linear = name, check, reference, linear
-        self.output_size, self.arguments = output_size, arguments
+        self.output_size, self.arguments, self._check_backward = output_size, arguments, check_backward
         backends.load_extension()
         if backends.extension_error is None and not hasattr(torch.ops.convblocks, name):
             backends.stale.add(name)
@@ -62,13 +68,15 @@ class Operator:
     def run_on(self, backend: str, args: Sequence[Any]) -> Tensor:
         if backend == "reference":
             return self.run_reference(*args)
-        reason = backends.why_not(self.name, backend, args[0])
+        reason = backends.why_not(self.name, backend, first_map(args[0]))
         if reason is not None:
             raise RuntimeError(f"{self.name}: expected to run on backend {backend}, got none: {reason}")
         y: Tensor = self.packet(*args)
         return y
 
     def check_backward(self, grad: Tensor, *args: Any) -> None:
+        if self._check_backward is not None:
+            return self._check_backward(grad, *args)
         if self.linear:
             return self.check(grad, *args)
         self.check(*args)
@@ -76,8 +84,7 @@ class Operator:
 
     def run_reference(self, *args: Any) -> Tensor:
         self.check(*args)
-        x: Tensor = args[0]
-        y, layout = self.reference(*args), memory_format(x)
+        y, layout = self.reference(*args), memory_format(first_map(args[0]))
         # A map of one channel or one pixel is contiguous in both formats, whichever of their strides it has.
         both = y.shape[1] == 1 or y.shape[2:] == (1, 1)
         return y.clone(memory_format=layout) if both else y.contiguous(memory_format=layout)

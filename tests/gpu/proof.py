@@ -8,6 +8,7 @@ from contextlib import AbstractContextManager
 import pytest
 import torch
 from torch import Tensor
+from torch.utils._pytree import tree_leaves
 
 from convblocks.accuracy import run
 from convblocks.opinfo import LAYOUTS, OPS, OpInfo, Options, Size
@@ -69,7 +70,7 @@ def prove_traffic(info: OpInfo, size: Size, dtype: torch.dtype, layout: str, bac
     arguments = operands(info, sample)
     if backward:
         arguments = backward_operands(info, sample, info.gradient(sample, layout))
-    with watch(*(a for a in arguments if isinstance(a, Tensor))) as traffic:
+    with watch(*(a for a in tree_leaves(arguments) if isinstance(a, Tensor))) as traffic:
         operator(info, backward)(*arguments)
     least = info.least_bytes(sample, backward)
     assert traffic.moved <= info.gpu_traffic[backward] * least, f"{traffic.moved / least:.3f} of least_bytes: {traffic}"

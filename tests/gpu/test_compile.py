@@ -136,7 +136,7 @@ def _check(info: OpInfo, case: Case) -> None:
             (local,) = sass.local_bytes(launch.file()).values()
             assert local == 0, f"{case}: {name}: {launch.name} spills {local} bytes a thread"
         if case.size == ALIGNED and case.layout in LAYOUTS and dtype.itemsize < 8:
-            maps = {t.data_ptr() for t in (sample.x, grad)}
+            maps = {t.data_ptr() for t in (*sample.maps, grad)}
             _check_widths(name, launches, maps, disassemble=case.arch == 90 and dtype == torch.float32)
 
 

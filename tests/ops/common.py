@@ -42,7 +42,7 @@ both_layouts = pytest.mark.parametrize("layout", ["contiguous", "channels_last"]
 def dtype_pairs(info: OpInfo) -> list[tuple[torch.dtype, torch.dtype]]:
     """The dtypes of (feature map, parameters): equal, or float32 parameters of a half-precision map."""
     pairs = [(d, d) for d in info.dtypes]
-    if len(info.sample(info.sizes[0]).tensors()) > 1:
+    if info.sample(info.sizes[0]).parameters():
         pairs += [(d, torch.float32) for d in info.dtypes if d.itemsize == 2]
     return pairs
 
@@ -76,8 +76,7 @@ def as_function(op: Callable[..., Tensor], sample: Sample) -> Callable[..., Tens
 
     def function(*tensors: Tensor) -> Tensor:
         given = iter(tensors)
-        args = [next(given) if isinstance(a, Tensor) else a for a in sample.args]
-        return op(*args, **sample.kwargs)
+        return op(*sample.map(lambda _: next(given)).args, **sample.kwargs)
 
     return function
 
@@ -92,6 +91,8 @@ def operands(info: OpInfo, sample: Sample) -> tuple[Any, ...]:
 def backward_operands(info: OpInfo, sample: Sample, grad: Tensor) -> tuple[Any, ...]:
     """Those of the backward operator."""
     args = operands(info, sample)
+    if info.maps is not None:
+        return (grad, [t.shape[1] for t in sample.maps], *args[1:])
     return (grad, *(args[1:] if info.linear else args))
 
 

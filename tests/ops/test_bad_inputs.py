@@ -9,7 +9,7 @@ import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from convblocks import backends
-from convblocks.opinfo import OpInfo
+from convblocks.opinfo import OpInfo, Sample
 from tests.ops.common import each_op, operands, operator
 
 
@@ -25,12 +25,9 @@ def test_words(info: OpInfo, backend: str, device: str) -> None:
 @each_op
 def test_words_where_a_gradient_is_wanted(info: OpInfo, backend: str, device: str) -> None:
     for bad in info.bad_inputs(device):
-        args = [
-            a.detach().requires_grad_() if isinstance(a, torch.Tensor) and a.dtype.is_floating_point else a
-            for a in bad.args
-        ]
+        call = Sample(bad.args, bad.kwargs).map(lambda t: t.detach().requires_grad_(t.dtype.is_floating_point))
         with pytest.raises(bad.error, match=f"^{re.escape(bad.message)}"):
-            info.op(*args, **bad.kwargs)
+            info.op(*call.args, **call.kwargs)
 
 
 @each_op
@@ -50,19 +47,20 @@ def test_words_while_tracing(info: OpInfo, dispatched: str, device: str) -> None
     """torch.compile and torch.export see the same error, from the meta kernel."""
     mode = FakeTensorMode()
     for bad in info.bad_inputs(device):
-        if any(isinstance(a, torch.Tensor) and a.is_meta for a in bad.args):
+        call = Sample(bad.args, bad.kwargs)
+        if any(t.is_meta for t in call.tensors()):
             continue  # torch sees to the devices of fake tensors itself
-        args = [mode.from_tensor(a) if isinstance(a, torch.Tensor) else a for a in bad.args]
+        call = call.map(mode.from_tensor)
         with mode, pytest.raises(bad.error, match=f"^{re.escape(bad.message)}"):
-            info.op(*args, **bad.kwargs)
+            info.op(*call.args, **call.kwargs)
 
 
 @each_op
 def test_gradient_that_does_not_fit(info: OpInfo, dispatched: str, device: str) -> None:
     if backends.extension_error is not None:
         pytest.skip(f"no backward operator: {backends.extension_error}")
-    if info.linear:  # it knows nothing of the map, and refuses what the operation itself refuses
-        for bad in info.bad_inputs(device):
+    if info.linear:  # it knows nothing of the map, and mostly refuses what the operation itself refuses
+        for bad in (info.bad_gradients or info.bad_inputs)(device):
             with pytest.raises(bad.error, match=f"^{re.escape(bad.message)}"):
                 operator(info, backward=True)(*bad.args, **bad.kwargs)
         return
@@ -83,6 +81,6 @@ def test_gradient_that_does_not_fit(info: OpInfo, dispatched: str, device: str) 
 def test_a_wrong_argument_type(info: OpInfo, backend: str, device: str) -> None:
     """Anything but a tensor for the map: a TypeError or so, never a crash."""
     sample = info.sample((2, 8, 5, 3), device=device)
-    for wrong in (None, 1.0, "x", [sample.x], sample.x.numpy(force=True)):
+    for wrong in (None, 1.0, "x", [sample.args[0]], sample.x.numpy(force=True)):
         with pytest.raises((TypeError, RuntimeError, AttributeError, ValueError)):
             info.op(wrong, *sample.args[1:], **sample.kwargs)

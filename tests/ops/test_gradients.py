@@ -79,8 +79,8 @@ def test_every_order_of_strides(info: OpInfo, size: tuple[int, int, int, int], b
     orders = list(itertools.product(itertools.permutations(range(4)), repeat=2))
     wrong = []
     for i, (order, grad_order) in enumerate(affordable(orders, 20, info.name)):
-        x, grad = _in_order(plain.x, order, i % 3 % 2), _in_order(gradient, grad_order, i % 3 // 2)
-        results = run(info.op, Sample((x, *plain.args[1:]), plain.kwargs), grad)
+        ordered = plain.map_maps(functools.partial(_in_order, order=order, padding=i % 3 % 2))
+        results = run(info.op, ordered, _in_order(gradient, grad_order, i % 3 // 2))
         if not all(torch.allclose(a, b) for a, b in zip(results, expected, strict=True)):
             wrong.append((order, grad_order))
     assert not wrong
@@ -89,9 +89,9 @@ def test_every_order_of_strides(info: OpInfo, size: tuple[int, int, int, int], b
 @each_op
 def test_one_channels_last_sample_stays_so(info: OpInfo, backend: str, device: str) -> None:
     """Whatever its batch stride is, which no sample has a use for: an image as (H, W, C) in memory."""
-    x = torch.randn(6, 5, 8, device=device).permute(2, 0, 1).unsqueeze(0)
-    plain = info.sample((1, 8, 6, 5), device=device)
-    y = info.op(x, *plain.args[1:], **plain.kwargs)
+    sample = info.sample((1, 8, 6, 5), device=device)
+    sample = sample.map_maps(lambda t: t[0].permute(1, 2, 0).contiguous().permute(2, 0, 1).unsqueeze(0))
+    y = info.op(*sample.args, **sample.kwargs)
     assert y.is_contiguous(memory_format=torch.channels_last)
     assert not y.is_contiguous()
 
@@ -158,9 +158,9 @@ def test_only_inputs_are_saved(info: OpInfo, options: Options, dispatched: str, 
 @each_op
 def test_a_change_of_a_saved_input_is_noticed(info: OpInfo, backend: str, device: str) -> None:
     sample = with_grad(info.sample((2, 8, 5, 6), device=device))
-    x = sample.x * 1
-    y = info.op(x, *sample.args[1:], **sample.kwargs)
-    x.add_(1)
+    given = sample.map_maps(lambda t: t * 1)
+    y = info.op(*given.args, **given.kwargs)
+    given.x.add_(1)
     if info.linear:  # saves none: the change does not matter
         y.sum().backward()
         assert torch.equal(sample.x.grad, torch.ones_like(sample.x))

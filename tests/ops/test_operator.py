@@ -38,6 +38,8 @@ def compiled(dispatched: str) -> str:
 
 
 def _to_meta(a: Any) -> Any:
+    if isinstance(a, list):
+        return list(map(_to_meta, a))
     return torch.empty_strided(a.shape, a.stride(), dtype=a.dtype, device="meta") if isinstance(a, Tensor) else a
 
 
@@ -88,12 +90,13 @@ def test_memory_format(info: OpInfo, options: Options, layout: str, backend: str
     for size in affordable(info.sizes, 1, f"{options}{layout}"):
         sample = with_grad(info.sample(size, options, layout=layout, device=device))
         grad = info.gradient(sample)
-        y, grad_x = run(info.op, sample, grad)[:2]
+        y, *gradients = run(info.op, sample, grad)
         expected = torch.empty(y.shape, device="meta", memory_format=memory_format(sample.x)).stride()
         assert y.stride() == expected
         assert y.untyped_storage().data_ptr() not in {t.untyped_storage().data_ptr() for t in sample.tensors()}
         if size[2] * size[3] > 1 and backend != "reference":
-            assert grad_x.is_contiguous(memory_format=memory_format(grad if info.linear else sample.x))
+            grad_format = memory_format(grad if info.linear else sample.x)
+            assert all(g.is_contiguous(memory_format=grad_format) for g in gradients[: len(sample.maps)])
 
 
 @each_layout
@@ -106,7 +109,7 @@ def test_meta_agrees(info: OpInfo, options: Options, layout: str, compiled: str,
         pairs = (operator(info), args), (operator(info, backward=True), backward_operands(info, sample, grad))
         for op, real in pairs:
             result, meta = op(*real), op(*map(_to_meta, real))
-            pairs = zip(result, meta, strict=True) if isinstance(result, tuple) else [(result, meta)]
+            pairs = zip(result, meta, strict=True) if isinstance(result, (tuple, list)) else [(result, meta)]
             for r, m in pairs:
                 assert (m.device.type, m.shape, m.stride(), m.dtype) == ("meta", r.shape, r.stride(), r.dtype)
 

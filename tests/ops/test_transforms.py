@@ -33,12 +33,14 @@ class Layer(nn.Module):
         super().__init__()
         sample = info.sample((1, channels, 7, 7), options)
         self.op, self.kwargs, self.fixed = info.op, sample.kwargs, sample.args[1:]
+        self.channels = None if info.maps is None else [t.shape[1] for t in sample.maps]
         self.weights = nn.ParameterList(t for t in sample.args[1:] if isinstance(t, Tensor))
 
     def forward(self, x: Tensor) -> Tensor:
         given = iter(self.weights)
         args = [next(given) if isinstance(a, Tensor) else a for a in self.fixed]
-        return self.op(x, *args, **self.kwargs)
+        maps = x if self.channels is None else list(x.split(self.channels, 1))
+        return self.op(maps, *args, **self.kwargs)
 
 
 @each_option
@@ -74,7 +76,7 @@ def test_forward_mode_where_a_gradient_is_wanted_too(info: OpInfo, backend: str,
     results = []
     for function in (op, reference):
         with forward_ad.dual_level():
-            y = function(forward_ad.make_dual(tensors[0], info.gradient(sample)), *tensors[1:])
+            y = function(forward_ad.make_dual(tensors[0], random_like(tensors[0])), *tensors[1:])
             primal, tangent = forward_ad.unpack_dual(y)
             results.append((tangent, *torch.autograd.grad((primal * tangent).sum(), tensors)))
     torch.testing.assert_close(*results)
@@ -95,11 +97,14 @@ def test_vmap(info: OpInfo, options: Options, backend: str, device: str, recwarn
     moved = vmap(op, (3, *rest), out_dims=1)(many[0].movedim(0, 3), *tensors[1:])
     torch.testing.assert_close(moved, vmap(reference, (0, *rest), out_dims=1)(many[0], *tensors[1:]))
 
-    def loss(function: Function) -> Function:
-        return lambda x, *t: function(x[None], *t).square().sum()
+    maps = len(sample.maps)
+    each = (0,) * maps + (None,) * (len(tensors) - maps)
 
-    per_sample = vmap(grad(loss(op), tuple(range(len(tensors)))), (0, *rest))(sample.x, *tensors[1:])
-    expected = vmap(grad(loss(reference), tuple(range(len(tensors)))), (0, *rest))(sample.x, *tensors[1:])
+    def loss(function: Function) -> Function:
+        return lambda *t: function(*(x[None] for x in t[:maps]), *t[maps:]).square().sum()
+
+    per_sample = vmap(grad(loss(op), tuple(range(len(tensors)))), each)(*tensors)
+    expected = vmap(grad(loss(reference), tuple(range(len(tensors)))), each)(*tensors)
     torch.testing.assert_close(per_sample, expected)
     assert not [w for w in recwarn if "batching rule" in str(w.message)]
 
@@ -146,7 +151,7 @@ def test_autocast(info: OpInfo, dtype: torch.dtype, backend: str, device: str) -
 @each_op
 def test_copies_of_a_module_that_calls_it(info: OpInfo, backend: str, device: str) -> None:
     layer = Layer(info, 8).to(device)
-    x = info.sample((2, 8, 5, 3), device=device).x
+    x = torch.randn(2, 8, 5, 3, device=device)
     y = layer(x)
     for twin in (copy.deepcopy(layer), pickle.loads(pickle.dumps(layer))):
         assert torch.equal(twin(x), y)
@@ -185,5 +190,5 @@ def test_a_tensor_subclass_stays_one(info: OpInfo, backend: str, device: str) ->
         pass
 
     sample = info.sample((2, 8, 5, 3), device=device)
-    y = info.op(sample.x.as_subclass(Tagged), *sample.args[1:], **sample.kwargs)
+    y = as_function(info.op, sample)(sample.x.as_subclass(Tagged), *sample.tensors()[1:])
     assert type(y) is Tagged
