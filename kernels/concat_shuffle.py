@@ -126,7 +126,7 @@ def _launch_weave(loose: list[Maps], woven: Maps, few: int, in_x: int, length: i
     )
 
 
-def _move(tensors: list[Tensor], y: Tensor, groups: int, back: bool) -> None:
+def move(tensors: list[Tensor], y: Tensor, groups: int, back: bool) -> None:
     """The whole y from the parts, or back; in the layout of y, whatever that of the parts is."""
     channels_last = is_channels_last(y)
     whole = Maps(y, channels_last=channels_last)
@@ -167,12 +167,12 @@ def _empty(like: Tensor, channels: int) -> Tensor:
 def concat_shuffle(tensors: list[Tensor], groups: int) -> Tensor:
     y = _empty(tensors[0], sum(t.shape[1] for t in tensors))
     if y.numel():
-        _move(tensors, y, groups, back=False)
+        move(tensors, y, groups, back=False)
     return y
 
 
 def concat_shuffle_backward(grad: Tensor, channels: list[int], groups: int) -> list[Tensor]:
     gradients = [_empty(grad, c) for c in channels]
     if grad.numel():
-        _move(gradients, grad, groups, back=True)
+        move(gradients, grad, groups, back=True)
     return gradients

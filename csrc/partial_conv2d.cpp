@@ -1,0 +1,73 @@
+#include "partial_conv2d.h"
+
+#include <ATen/ops/cat.h>
+#include <ATen/ops/convolution.h>
+#include <ATen/ops/convolution_backward.h>
+
+#include "op.h"
+#include "shuffle_call.h"
+
+namespace convblocks {
+
+struct PartialConv2d {
+  using Gradients = std::tuple<Tensor, Tensor>;
+
+  static constexpr const char* name = "partial_conv2d";
+  static constexpr const char* schema = "(Tensor x, Tensor weight) -> Tensor";
+  static constexpr const char* backward_schema = "(Tensor grad, Tensor x, Tensor weight) -> (Tensor, Tensor)";
+  static constexpr bool autocasts = true;
+
+  static void check(const Tensor& x, const Tensor& weight) {
+    check_feature_map(name, x);
+    TORCH_CHECK_TYPE(weight.defined(), name, ": expected weight to be a tensor, got None");
+    check_parameter(name, "weight", weight, x);
+    TORCH_CHECK_VALUE(x.sym_size(2) * x.sym_size(3) > 0, name, ": expected at least one pixel, got an input of size ",
+                      size_of(x));
+    const auto c = x.sym_size(1);
+    const bool partial = weight.dim() == 4 && weight.sym_size(0) == weight.sym_size(1) && weight.sym_size(0) > 0 &&
+                         weight.sym_size(0) <= c && weight.sym_size(2) == weight.sym_size(3) &&
+                         weight.sym_size(2) % 2 == 1;
+    TORCH_CHECK_VALUE(partial, name, ": expected weight of size [p, p, k, k] with p at most ", c, " and an odd k, got ",
+                      size_of(weight));
+  }
+
+  static Tensor first(const Tensor& t, const Tensor& weight) { return t.narrow_symint(1, 0, weight.sym_size(0)); }
+  static Tensor rest(const Tensor& t, const Tensor& weight) {
+    return t.narrow_symint(1, weight.sym_size(0), t.sym_size(1) - weight.sym_size(0));
+  }
+  static Tensor convolved(const Tensor& x, const Tensor& weight) {
+    const auto padding = weight.sym_size(2) / 2;
+    return at::convolution_symint(first(x, weight), weight.to(x.scalar_type()), {}, {1, 1}, {padding, padding}, {1, 1},
+                                  false, {0, 0}, 1);
+  }
+  // The gradients of the first channels and of the weight.
+  static Gradients convolved_backward(const Tensor& grad, const Tensor& x, const Tensor& weight) {
+    const auto padding = weight.sym_size(2) / 2;
+    auto [grad_x, grad_weight, none] =
+        at::convolution_backward_symint(first(grad, weight), first(x, weight), weight.to(x.scalar_type()), {}, {1, 1},
+                                        {padding, padding}, {1, 1}, false, {0, 0}, 1, {true, true, false});
+    return {grad_x, grad_weight.to(weight.scalar_type())};
+  }
+
+  static Tensor formula(const Tensor& x, const Tensor& weight) {
+    return at::cat({convolved(x, weight), rest(x, weight)}, 1);
+  }
+  static Gradients backward_formula(const Tensor& grad, const Tensor& x, const Tensor& weight) {
+    const auto [grad_first, grad_weight] = convolved_backward(grad, x, weight);
+    return {at::cat({grad_first, rest(grad, weight)}, 1), grad_weight};
+  }
+
+  static void run(const Call& kernel, const Tensor& y, const Tensor& x, const Tensor& weight) {
+    call_shuffle(kernel, y, {convolved(x, weight), rest(x, weight)}, 1, false);
+  }
+  static void run_backward(const Call& kernel, Grads& grads, const Tensor& grad, const Tensor& x,
+                           const Tensor& weight) {
+    const auto [grad_first, grad_weight] = convolved_backward(grad, x, weight);
+    grads[1].copy_(grad_weight);
+    call_shuffle(kernel, grads[0], {grad_first, rest(grad, weight)}, 1, false);
+  }
+};
+
+CONVBLOCKS_REGISTER(PartialConv2d)
+
+}  // namespace convblocks

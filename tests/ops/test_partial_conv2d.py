@@ -1,0 +1,37 @@
+from __future__ import annotations
+
+import pytest
+import torch
+
+from convblocks.ops import partial_conv2d
+from convblocks.ops.partial_conv2d import reference
+
+
+@pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last])
+def test_in_place(layout: torch.memory_format, backend: str, device: str) -> None:
+    """Only the first channels are written, and the input itself is returned."""
+    x = torch.randn(2, 9, 6, 5, device=device).to(memory_format=layout)
+    weight = torch.randn(3, 3, 3, 3, device=device)
+    expected, rest = reference(x, weight), x[:, 3:].clone()
+    with torch.no_grad():
+        y = partial_conv2d(x, weight, inplace=True)
+    assert y is x
+    torch.testing.assert_close(y, expected)
+    assert torch.equal(y[:, 3:], rest)
+
+
+@pytest.mark.parametrize("which", ["an input", "a weight"])
+def test_in_place_where_a_gradient_is_wanted(which: str, backend: str, device: str) -> None:
+    x, weight = torch.randn(2, 8, 5, 5, device=device), torch.randn(2, 2, 3, 3, device=device)
+    before = x.clone()
+    (x if which == "an input" else weight).requires_grad_()
+    words = f"^partial_conv2d: expected inplace only where no gradient is wanted, got {which} that requires it$"
+    with pytest.raises(ValueError, match=words):
+        partial_conv2d(x, weight, inplace=True)
+    assert torch.equal(x, before)
+
+
+def test_channels_that_are_passed_on_are_exact(backend: str, device: str) -> None:
+    x = torch.randn(2, 8, 5, 5, device=device, dtype=torch.bfloat16)
+    y = partial_conv2d(x, torch.randn(2, 2, 3, 3, device=device))
+    assert torch.equal(y[:, 2:], x[:, 2:])
