@@ -50,15 +50,17 @@ def _candidates(model: nn.Module) -> Iterator[tuple[str, nn.Module, Rule, str | 
             wrappers.append((f"{name}." if name else "", wrapper))
         inside = next((why for prefix, why in wrappers if f"{name}.".startswith(prefix)), None)
         if isinstance(module, torch.jit.ScriptModule):
-            if module.original_name in scripted:
+            if module.original_name in scripted and scripted[module.original_name].applies(module):
                 yield name, module, scripted[module.original_name], "it is scripted or traced"
         elif qualified_name(type(module)) in RULES:
-            yield name, module, RULES[qualified_name(type(module))], inside
+            rule = RULES[qualified_name(type(module))]
+            if rule.applies(module):
+                yield name, module, rule, inside
         else:
             bases = (qualified_name(base) for base in type(module).__mro__)
-            rule = next((RULES[base] for base in bases if base in RULES), None)
-            if rule is not None:
-                yield name, module, rule, _why_subclass(module, rule)
+            found = next((RULES[base] for base in bases if base in RULES), None)
+            if found is not None and found.applies(module):
+                yield name, module, found, _why_subclass(module, found)
 
 
 def _why_subclass(module: nn.Module, rule: Rule) -> str:
@@ -77,16 +79,21 @@ def _check(module: nn.Module, rule: Rule) -> None:
         label = name or "it"
         if is_parametrized(part):
             raise Refused(f"{label} is parametrized")
-        if "forward" in part.__dict__:
+        if "forward" in part.__dict__ and not (part is module and rule.methods):
             raise Refused(f"the forward of {name or 'the module'} is overridden on the instance")
         for p in part._parameters.values():
             if p is not None and type(p) is not nn.Parameter:
                 raise Refused(f"{label} has a {type(p).__name__} for a parameter")
             if p is not None and p.dtype not in FLOATING:
                 raise Refused(f"{label} has parameters of {p.dtype}")
-    forward = type(module).forward
-    if f"{forward.__module__}.{forward.__qualname__}" != f"{rule.source}.forward":
-        raise Refused("the forward of its class is overridden")
+    if rule.methods:
+        bound = module.__dict__.get("forward")
+        if bound not in [getattr(module, name) for name in rule.methods]:
+            raise Refused("the forward of the module is not one of its class")
+    for name in rule.methods or ("forward",):
+        method = getattr(type(module), name)
+        if f"{method.__module__}.{method.__qualname__}" != f"{rule.source}.{name}":
+            raise Refused("the forward of its class is overridden")
     rule.check(module)
     for name, part in module.named_modules():
         if any(getattr(part, hooks) for hooks in _HOOKS):
@@ -142,8 +149,9 @@ def accelerate(
     (C, H, W), too.
 
     Known classes: of timm SEModule, SqueezeExcite of the EfficientNets, SEModule of the legacy SENets,
-    EffectiveSEModule, EseModule, EcaModule and CecaModule; SqueezeExcitation of torchvision; SEModule of
-    segmentation_models_pytorch.
+    EffectiveSEModule, EseModule, EcaModule, CecaModule, Conv2dSame where it is depthwise, and Partial_conv3;
+    SqueezeExcitation of torchvision; SEModule of segmentation_models_pytorch; of torch itself Conv2d where it is
+    depthwise.
 
     Call it after ``model.to(...)`` and before ``torch.compile``, ``torch.jit`` and ``fully_shard``.
     DistributedDataParallel may come before or after.

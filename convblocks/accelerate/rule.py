@@ -36,6 +36,11 @@ class Rule:
         check: raises Refused with what keeps a module from being replaced.
         options: attributes that the forward needs, and how to read each from a module; may raise Refused.
         constants: attributes that the forward needs and that are the same for all modules of the class.
+        applies: whether a module of the class is one of those that the rule is about; others are not reported.
+        pixels: height and width that a module takes.
+        methods: names of those of which a module has bound one as its forward; its name is then the option
+            ``forward_name``.
+        differentiable: whether a module has gradients to compare.
     """
 
     name: str
@@ -46,6 +51,10 @@ class Rule:
     check: Callable[[Any], None]
     options: Mapping[str, Callable[[Any], str]]
     constants: Mapping[str, Any] = field(default_factory=dict)
+    applies: Callable[[Any], bool] = lambda module: True
+    pixels: Callable[[Any], tuple[int, int]] = lambda module: (5, 6)
+    methods: tuple[str, ...] = ()
+    differentiable: Callable[[Any], bool] = lambda module: True
 
 
 class Accelerated:
@@ -66,6 +75,12 @@ class Accelerated:
         if name in self._modules:
             restore(self)
         nn.Module.add_module(self, name, module)
+
+
+def _bound(self: Any, x: Tensor) -> Tensor:
+    """The forward that a module had bound."""
+    y: Tensor = getattr(type(self).source, self.forward_name)(self, x)
+    return y
 
 
 def _run_on(backend: str, operator: Operator) -> Run:
@@ -96,7 +111,7 @@ def replacement(rule: Rule, backend: str) -> type[nn.Module]:
             "rule": rule,
             "source": source,
             "forward": forward,
-            "unfused": source.forward,
+            "unfused": _bound if rule.methods else source.forward,
             **rule.constants,
         },
     )
@@ -104,6 +119,7 @@ def replacement(rule: Rule, backend: str) -> type[nn.Module]:
 
 def become(module: nn.Module, cls: type[nn.Module], options: Mapping[str, str]) -> None:
     module.__dict__.update(options)
+    module.__dict__.pop("forward", None)
     module.__class__ = cls
 
 
@@ -118,5 +134,6 @@ def restore(module: nn.Module) -> None:
     check_restorable(module)
     cls: Any = type(module)
     module.__class__ = cls.source
-    for name in cls.rule.options:
-        del module.__dict__[name]
+    options = {name: module.__dict__.pop(name) for name in cls.rule.options}
+    if cls.rule.methods:
+        module.forward = getattr(module, options["forward_name"])

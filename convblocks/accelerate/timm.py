@@ -1,5 +1,6 @@
 """The classes of timm that are replaced."""
 
+from convblocks.accelerate.convolutions import depthwise, partial_conv
 from convblocks.accelerate.gates import eca, effective_squeeze_excite, squeeze_excite
 
 RULES = (
@@ -16,5 +17,7 @@ RULES = (
     effective_squeeze_excite("FastEffectiveSEModule", "timm.layers.squeeze_excite.EffectiveSEModule", "fc", "gate"),
     effective_squeeze_excite("FastEseModule", "timm.models.hgnet.EseModule", "conv", "sigmoid"),
     eca("FastEcaModule", "timm.layers.eca.EcaModule", "gate", "zeros"),
+    depthwise("FastConv2dSame", "timm.layers.conv2d_same.Conv2dSame", same=True),
+    partial_conv("FastPartialConv3", "timm.models.fasternet.Partial_conv3", "forward_slicing", "forward_split_cat"),
     eca("FastCecaModule", "timm.layers.eca.CecaModule", "gate", "circular"),
 )

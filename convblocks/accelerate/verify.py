@@ -11,8 +11,11 @@ from torch import Tensor, nn
 from convblocks.accelerate.rule import Refused, Rule, become
 
 
-def _run(module: nn.Module, x: Tensor, grad: Tensor) -> list[Tensor]:
-    """The output and the gradients of the input and of all parameters."""
+def _run(rule: Rule, module: nn.Module, x: Tensor, grad: Tensor) -> list[Tensor]:
+    """The output and, where the original has them, the gradients of the input and of all parameters."""
+    if not rule.differentiable(module):
+        with torch.no_grad():
+            return [module(x)]
     x = x.clone().requires_grad_()
     y = module(x)
     return [y.detach(), *torch.autograd.grad(y, [x, *module.parameters()], grad)]
@@ -33,15 +36,21 @@ def _distance(t: Tensor, exact: Tensor) -> float:
 def _error(rule: Rule, module: nn.Module, fast: nn.Module, dtype: torch.dtype) -> float:
     parameter = next(module.parameters())
     generator = torch.Generator().manual_seed(0)
-    x, grad = torch.randn(2, 2, rule.channels(module), 5, 6, generator=generator, dtype=torch.float64, device="cpu")
-    x, grad = x.to(parameter.device, dtype), grad.to(parameter.device, dtype)
+
+    def random(*size: int) -> Tensor:
+        values = torch.randn(size, generator=generator, dtype=torch.float64, device="cpu")
+        return values.to(parameter.device, dtype)
+
+    x = random(2, rule.channels(module), *rule.pixels(module))
     try:
-        original = _run(_copy(module, dtype), x, grad)
-        exact = _run(_copy(module, torch.float64), x.double(), grad.double())
+        with torch.no_grad():
+            grad = random(*_copy(module, dtype)(x).shape)
+        original = _run(rule, _copy(module, dtype), x, grad)
+        exact = _run(rule, _copy(module, torch.float64), x.double(), grad.double())
     except Exception as e:
         raise Refused(f"it does not run on an input of {dtype}: {e}") from e
     try:
-        ours = _run(_copy(fast, dtype), x, grad)
+        ours = _run(rule, _copy(fast, dtype), x, grad)
     except Exception as e:
         raise Refused(f"the replacement does not run on an input of {dtype}: {e}") from e
     if [t.dtype for t in ours] != [t.dtype for t in original]:

@@ -5,6 +5,8 @@ from convblocks.blocks.convert import convert_state_dict
 from convblocks.blocks.depthwise_conv2d import DepthwiseConv2d
 from convblocks.blocks.depthwise_separable_conv import DepthwiseSeparableConv
 from convblocks.blocks.eca import ECA
+from convblocks.blocks.fasternet import FasterNetBlock
+from convblocks.blocks.partial_conv import PartialConv
 from convblocks.blocks.simam import SimAM
 from convblocks.blocks.squeeze_excite import EffectiveSqueezeExcite, SqueezeExcite
 
@@ -14,6 +16,8 @@ __all__ = [
     "DepthwiseConv2d",
     "DepthwiseSeparableConv",
     "EffectiveSqueezeExcite",
+    "FasterNetBlock",
+    "PartialConv",
     "SimAM",
     "SqueezeExcite",
     "convert_state_dict",

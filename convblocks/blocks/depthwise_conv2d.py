@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any, Literal
 
 import torch
@@ -7,10 +8,38 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from convblocks.blocks.arguments import Layer, function_name
-from convblocks.ops.depthwise_conv2d import depthwise_conv2d
+from convblocks.ops.depthwise_conv2d import depthwise_conv2d, four, operator
 from convblocks.ops.gate import ACTIVATIONS
 
 Pair = int | tuple[int, int]
+
+
+def fused_forward(same: bool, run: Callable[..., Tensor] = operator) -> Callable[[Any, Tensor], Tensor]:
+    """A forward of an ``nn.Conv2d`` that is depthwise; ``same`` pads as TensorFlow does, whatever its padding says.
+
+    Everything is read from the module at each call, as ``nn.Conv2d`` reads it.
+    """
+
+    def forward(self: Any, x: Tensor) -> Tensor:
+        p = self._parameters
+        if "weight" not in p or "bias" not in p:  # they are computed: pruned, weight norm
+            return self.unfused(x)  # type: ignore[no-any-return]
+        weight, bias = p["weight"], p["bias"]
+        if isinstance(x, torch.fx.Proxy):  # a name in a graph: neither its size nor its dtype is known
+            if same:
+                return self.unfused(x)
+        elif x.dim() != 4 or (x.dtype != weight.dtype and not torch.is_autocast_enabled(x.device.type)):
+            return self.unfused(x)  # type: ignore[no-any-return]
+        if same:
+            padding = four("same", x, weight, self.stride, self.dilation)
+        elif isinstance(self.padding, str):
+            padding = self._reversed_padding_repeated_twice
+        else:
+            h, w = self.padding
+            padding = (w, w, h, h)
+        return run(x, weight, bias, self.stride, padding, self.dilation, "none")
+
+    return forward
 
 
 class DepthwiseConv2d(nn.Conv2d):

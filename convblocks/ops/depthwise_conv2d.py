@@ -75,7 +75,7 @@ def _pair(value: Pair) -> Sequence[int]:
     return (value, value) if isinstance(value, int) else value
 
 
-def _four(padding: Padding, x: Tensor, weight: Tensor, stride: Sequence[int], dilation: Sequence[int]) -> Sequence[int]:
+def four(padding: Padding, x: Tensor, weight: Tensor, stride: Sequence[int], dilation: Sequence[int]) -> Sequence[int]:
     """Left, right, top and bottom."""
     if not isinstance(padding, str):
         pair = _pair(padding)
@@ -97,7 +97,7 @@ def _arguments(
     x: Tensor, weight: Tensor, bias: Tensor | None, stride: Pair, padding: Padding, dilation: Pair, activation: str
 ) -> tuple[Any, ...]:
     stride, dilation = _pair(stride), _pair(dilation)
-    return x, weight, bias, stride, _four(padding, x, weight, stride, dilation), dilation, activation
+    return x, weight, bias, stride, four(padding, x, weight, stride, dilation), dilation, activation
 
 
 def reference(
@@ -110,7 +110,7 @@ def reference(
     activation: str = "none",
 ) -> Tensor:
     stride, dilation = _pair(stride), _pair(dilation)
-    left, right, top, bottom = _four(padding, x, weight, stride, dilation)
+    left, right, top, bottom = four(padding, x, weight, stride, dilation)
     if left != right or top != bottom or x.numel() == 0:  # torch pads alike on both sides, and nothing not at all
         x, left, top = F.pad(x, (left, right, top, bottom)), 0, 0
     bias = None if bias is None else bias.to(x.dtype)

@@ -14,8 +14,9 @@ from torch import Tensor, nn
 timm = pytest.importorskip("timm")
 torchvision = pytest.importorskip("torchvision")
 
-from timm.layers import CecaModule, EcaModule, EffectiveSEModule, SEModule  # noqa: E402
+from timm.layers import CecaModule, Conv2dSame, EcaModule, EffectiveSEModule, SEModule  # noqa: E402
 from timm.models._efficientnet_blocks import SqueezeExcite  # noqa: E402
+from timm.models.fasternet import Partial_conv3  # noqa: E402
 from timm.models.hgnet import EseModule  # noqa: E402
 from timm.models.senet import SEModule as SenetSEModule  # noqa: E402
 from torchvision.ops.misc import SqueezeExcitation  # noqa: E402
@@ -71,6 +72,13 @@ SOURCES: dict[str, Callable[[], nn.Module]] = {
     "eca-k1": partial(EcaModule, kernel_size=1),
     "ceca": partial(CecaModule, kernel_size=5),
     "ceca-bias": partial(CecaModule, CHANNELS, act_layer=nn.ReLU),
+    "depthwise": partial(nn.Conv2d, CHANNELS, CHANNELS, 3, padding=1, groups=CHANNELS),
+    "depthwise-5": partial(
+        nn.Conv2d, CHANNELS, CHANNELS, 5, padding=(4, 2), dilation=(2, 1), groups=CHANNELS, bias=False
+    ),
+    "depthwise-same": partial(nn.Conv2d, CHANNELS, CHANNELS, (4, 3), padding="same", groups=CHANNELS),
+    "timm-same": partial(Conv2dSame, CHANNELS, CHANNELS, 4, groups=CHANNELS),
+    "partial-conv": partial(Partial_conv3, CHANNELS, 4, "split_cat"),
     "torchvision": partial(SqueezeExcitation, CHANNELS, 6),
     "torchvision-silu": partial(SqueezeExcitation, CHANNELS, 6, activation=partial(nn.SiLU, inplace=True)),
     "torchvision-hard": partial(SqueezeExcitation, CHANNELS, 6, scale_activation=nn.Hardsigmoid),

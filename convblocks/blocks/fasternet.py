@@ -1,0 +1,89 @@
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor, nn
+
+from convblocks.blocks.arguments import Layer, positive
+from convblocks.blocks.partial_conv import PartialConv
+
+_ACTIVATIONS = {"relu": nn.ReLU, "gelu": nn.GELU, "silu": nn.SiLU, "hardswish": nn.Hardswish, "relu6": nn.ReLU6}
+
+
+def _layer(act: Layer) -> nn.Module:
+    if isinstance(act, str):
+        if act not in _ACTIVATIONS:
+            raise ValueError(f"FasterNetBlock: expected act_layer to be one of {', '.join(_ACTIVATIONS)}, got {act}")
+        act = _ACTIVATIONS[act]
+    layer: nn.Module = act if isinstance(act, nn.Module) else act()
+    return layer
+
+
+class FasterNetBlock(nn.Module):
+    """FasterNet's block: a partial convolution, then two pointwise ones with a norm and an activation between them.
+
+    ``y = x + drop_path(layer_scale * mlp(spatial_mixing(x)))``. Chen et al., "Run, Don't Walk: Chasing Higher FLOPS for
+    Faster Neural Networks", arXiv 2303.03667. The keys of the state dict are those of the authors and of timm's
+    MLPBlock.
+
+    Args:
+        dim: channels C.
+        n_div: of ``PartialConv``.
+        mlp_ratio: the hidden layer has int(C * mlp_ratio) channels.
+        drop_path: the probability with which a sample skips the block in training.
+        layer_scale_init_value: the first value of a factor for each channel; 0: there is none.
+        act_layer: a name, a module, or a class or partial that makes one.
+        norm_layer: makes a norm of so many channels.
+        pconv_fw_type: ``forward`` of ``PartialConv``.
+        device, dtype: of the parameters.
+
+    Shape: (N, C, H, W) to the same.
+
+    Raises:
+        ValueError: numbers out of range, an unknown activation.
+
+    Example:
+        >>> y = convblocks.FasterNetBlock(64, act_layer="gelu")(torch.randn(2, 64, 28, 28))
+    """
+
+    def __init__(
+        self,
+        dim: int,
+        n_div: int = 4,
+        mlp_ratio: float = 2.0,
+        drop_path: float = 0.0,
+        layer_scale_init_value: float = 0.0,
+        act_layer: Layer = "relu",
+        norm_layer: Callable[..., nn.Module] = nn.BatchNorm2d,
+        pconv_fw_type: str = "split_cat",
+        *,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        super().__init__()
+        hidden = positive("FasterNetBlock", "dim * mlp_ratio", int(dim * mlp_ratio))
+        if not 0 <= drop_path < 1:
+            raise ValueError(f"FasterNetBlock: expected drop_path from 0 to below 1, got {drop_path}")
+        self.mlp = nn.Sequential(
+            nn.Conv2d(dim, hidden, 1, bias=False, device=device, dtype=dtype),
+            norm_layer(hidden, device=device, dtype=dtype),
+            _layer(act_layer),
+            nn.Conv2d(hidden, dim, 1, bias=False, device=device, dtype=dtype),
+        )
+        self.spatial_mixing = PartialConv(dim, n_div, pconv_fw_type, device=device, dtype=dtype)
+        scale = torch.full((dim,), float(layer_scale_init_value), device=device, dtype=dtype)
+        self.layer_scale = nn.Parameter(scale) if layer_scale_init_value > 0 else None
+        self.drop_path = drop_path
+
+    def forward(self, x: Tensor) -> Tensor:
+        y: Tensor = self.mlp(self.spatial_mixing(x))
+        if self.layer_scale is not None:
+            y = y * self.layer_scale[:, None, None]
+        if self.training and self.drop_path > 0:
+            keep = 1 - self.drop_path
+            y = y * y.new_empty(y.shape[0], 1, 1, 1).bernoulli_(keep).div_(keep)
+        return x + y
+
+    def extra_repr(self) -> str:
+        return f"drop_path={self.drop_path}" if self.drop_path else ""
