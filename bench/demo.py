@@ -37,6 +37,9 @@ NETWORKS: dict[str, Callable[[], nn.Module]] = {
     "timm ecaresnet26t": lambda: timm.create_model("ecaresnet26t"),
     "torchvision efficientnet_b0": lambda: torchvision.models.efficientnet_b0(stochastic_depth_prob=0.0, dropout=0.0),
     "torchvision mobilenet_v3_large": lambda: torchvision.models.mobilenet_v3_large(dropout=0.0),
+    "torchvision mobilenet_v2": lambda: torchvision.models.mobilenet_v2(dropout=0.0),
+    "torchvision shufflenet_v2_x1_0": lambda: torchvision.models.shufflenet_v2_x1_0(),
+    "timm fasternet_t0": lambda: timm.create_model("fasternet_t0"),
 }
 COMPARED, TIMED = (2, 3, 64, 64), 224  # images whose results are compared; side of those that are timed
 SECONDS = 2.0  # for each pair of times

@@ -13,6 +13,7 @@ from torch import nn
 from torch.nn.utils.parametrize import is_parametrized
 
 from convblocks import backends
+from convblocks.accelerate import fold
 from convblocks.accelerate import verify as verification
 from convblocks.accelerate.classes import RULES
 from convblocks.accelerate.report import Entry, Report
@@ -100,12 +101,22 @@ def _check(module: nn.Module, rule: Rule) -> None:
             raise Refused(f"{name or 'it'} has hooks")
 
 
+def _check_plain(layer: nn.Module, label: str) -> None:
+    """Of a layer that is to be folded."""
+    if is_parametrized(layer) or "forward" in layer.__dict__:
+        raise Refused(f"{label} is parametrized, or has a forward of its own")
+    if any(getattr(part, hooks) for part in layer.modules() for hooks in _HOOKS):
+        raise Refused(f"{label} has hooks")
+
+
 def _matches(patterns: str | Sequence[str], name: str, module: nn.Module) -> bool:
     patterns = [patterns] if isinstance(patterns, str) else patterns
     return any(fnmatchcase(n, p) for p in patterns for n in (name, qualified_name(type(module))))
 
 
-def _plan(name: str, module: nn.Module, rule: Rule, backend: str, verify: str) -> tuple[Entry, Callable[[], None]]:
+def _plan(
+    name: str, module: nn.Module, rule: Rule, backend: str, verify: str, found: fold.Fold | None
+) -> tuple[Entry, Callable[[], None]]:
     """What will be done to a module, and the act itself; or raises Refused. Changes nothing."""
     _check(module, rule)
     cls = replacement(rule, backend)
@@ -118,8 +129,18 @@ def _plan(name: str, module: nn.Module, rule: Rule, backend: str, verify: str) -
         raise RuntimeError(f"accelerate: expected {rule.operation} to run on backend {backend}, got none: {reason}")
     runs_on = backends.which(rule.operation, parameter) if backend == "auto" else backend
     entry = Entry(name, rule.source, rule.operation, runs_on, True, "")
+    if found is not None:
+        try:
+            for label, layer in found.layers.items():
+                _check_plain(layer, label)
+            error = None if verify == "off" or parameter.is_meta else fold.error(found, backend)
+        except Refused as e:
+            entry = replace(entry, reason=f"no norm is folded in: {e}")
+        else:
+            remark = f"with {', '.join(list(found.layers)[1:])} folded in"
+            return replace(entry, reason=remark, error=error), partial(fold.become_one, found, backend)
     if verify == "off":
-        entry = replace(entry, reason="not compared")
+        entry = replace(entry, reason=entry.reason or "not compared")
     elif parameter.is_meta:
         entry = replace(entry, reason="not compared: it has no data (meta device)")
     else:
@@ -135,6 +156,7 @@ def accelerate(
     filter_fn: Callable[[nn.Module, str], bool] | None = None,
     backend: str = "auto",
     verify: Literal["sample", "off"] = "sample",
+    fold_bn: bool = False,
     dry_run: bool = False,
     strict: bool = False,
 ) -> Report:
@@ -165,6 +187,10 @@ def accelerate(
             keeps these modules on that one.
         verify: "sample" compares the output and all gradients of each module with the original's, on copies and a
             small random input on its device and in its dtype, and leaves it where they do not agree. "off" does not.
+        fold_bn: folds a batch norm in eval mode, and the activation after it, into the depthwise convolution before it,
+            wherever no gradient is wanted: in a Sequential, and in the blocks of timm's EfficientNets and MobileNets.
+            All layers keep their parameters, and do their own in training. What the convolution alone gives is then
+            what the three give; a hook on one of them ends that.
         dry_run: checks and reports only.
         strict: raises if a module that was asked for cannot be replaced, and replaces none.
 
@@ -191,6 +217,7 @@ def accelerate(
     entries: list[Entry] = []
     acts: list[Callable[[], None]] = []
     missing: list[str] = []
+    folds = fold.folds(model) if fold_bn else {}
     for name, module, rule, reason in _candidates(model):
         asked = False
         if include is not None and not _matches(include, name, module):
@@ -204,7 +231,7 @@ def accelerate(
         try:
             if reason is not None:
                 raise Refused(reason)
-            entry, act = _plan(name, module, rule, backend, verify)
+            entry, act = _plan(name, module, rule, backend, verify, folds.get(id(module)))
             acts.append(act)
         except Refused as e:
             entry = Entry(name, rule.source, rule.operation, "", False, str(e))

@@ -49,7 +49,7 @@ class Rule:
     forward: Callable[[Run], Forward]
     channels: Callable[[Any], int]
     check: Callable[[Any], None]
-    options: Mapping[str, Callable[[Any], str]]
+    options: Mapping[str, Callable[[Any], Any]]
     constants: Mapping[str, Any] = field(default_factory=dict)
     applies: Callable[[Any], bool] = lambda module: True
     pixels: Callable[[Any], tuple[int, int]] = lambda module: (5, 6)
@@ -117,7 +117,7 @@ def replacement(rule: Rule, backend: str) -> type[nn.Module]:
     )
 
 
-def become(module: nn.Module, cls: type[nn.Module], options: Mapping[str, str]) -> None:
+def become(module: nn.Module, cls: type[nn.Module], options: Mapping[str, Any]) -> None:
     module.__dict__.update(options)
     module.__dict__.pop("forward", None)
     module.__class__ = cls

@@ -1,6 +1,6 @@
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, Literal
 
 import torch
@@ -12,6 +12,17 @@ from convblocks.ops.depthwise_conv2d import depthwise_conv2d, four, operator
 from convblocks.ops.gate import ACTIVATIONS
 
 Pair = int | tuple[int, int]
+
+
+def padding_of(conv: Any, x: Tensor, same: bool) -> Sequence[int]:
+    """Left, right, top and bottom."""
+    if same:
+        return four("same", x, conv.weight, conv.stride, conv.dilation)
+    if isinstance(conv.padding, str):
+        both: list[int] = conv._reversed_padding_repeated_twice
+        return both
+    h, w = conv.padding
+    return w, w, h, h
 
 
 def fused_forward(same: bool, run: Callable[..., Tensor] = operator) -> Callable[[Any, Tensor], Tensor]:
@@ -30,14 +41,7 @@ def fused_forward(same: bool, run: Callable[..., Tensor] = operator) -> Callable
                 return self.unfused(x)
         elif x.dim() != 4 or (x.dtype != weight.dtype and not torch.is_autocast_enabled(x.device.type)):
             return self.unfused(x)  # type: ignore[no-any-return]
-        if same:
-            padding = four("same", x, weight, self.stride, self.dilation)
-        elif isinstance(self.padding, str):
-            padding = self._reversed_padding_repeated_twice
-        else:
-            h, w = self.padding
-            padding = (w, w, h, h)
-        return run(x, weight, bias, self.stride, padding, self.dilation, "none")
+        return run(x, weight, bias, self.stride, padding_of(self, x, same), self.dilation, "none")
 
     return forward
 
