@@ -2,10 +2,12 @@
 // (channels_last).
 #include "../concat_shuffle.h"
 
+#include <bit>
 #include <cstring>
+#include <utility>
 
 #include "dispatch.h"
-#include "reduce.h"
+#include "team.h"
 
 namespace convblocks::cpu {
 namespace {
@@ -28,28 +30,65 @@ struct Piece {
   int64_t few, length, pixels;
 };
 
-// Channels j to j + N of each loose stream, from or to their places in the woven one. Constant sizes make vector code.
-template <bool kBack, int kFew, int N, class T>
-CONVBLOCKS_LOOP inline void weave_block(T* __restrict woven, T* const* loose, int64_t j) {
-  for (int e = 0; e < N; e++) {
-    for (int i = 0; i < kFew; i++) {
-      if constexpr (kBack)
-        loose[i][j + e] = woven[(j + e) * kFew + i];
-      else
-        woven[(j + e) * kFew + i] = loose[i][j + e];
-    }
-  }
+#if __has_builtin(__builtin_shufflevector)
+template <class T, int N>
+struct Lanes {
+  typedef T type __attribute__((vector_size(N * sizeof(T))));
+};
+
+// The lanes of a and b alternating, from lane `kFirst` of each; and the way back, every other lane of both.
+template <int kFirst, class V, int... I>
+V zip(V a, V b, std::integer_sequence<int, I...>) {
+  return __builtin_shufflevector(a, b, (kFirst + I / 2 + I % 2 * static_cast<int>(sizeof...(I)))...);
 }
+template <int kFirst, class V, int... I>
+V unzip(V a, V b, std::integer_sequence<int, I...>) {
+  return __builtin_shufflevector(a, b, (kFirst + 2 * I)...);
+}
+
+// N channels of each loose stream, a power of two, from or to their places in the woven one.
+template <bool kBack, int kFew, int N, class T>
+CONVBLOCKS_LOOP inline void weave_block(T* woven, T* const* loose, int64_t j) {
+  using V = typename Lanes<T, N>::type;
+  constexpr std::make_integer_sequence<int, N> lanes{};
+  constexpr int kHalf = kFew / 2;
+  V v[kFew], next[kFew];
+  for (int i = 0; i < kFew; i++) std::memcpy(&v[i], kBack ? woven + j * kFew + i * N : loose[i] + j, sizeof(V));
+  for (int step = 1; step < kFew; step *= 2) {
+    for (int i = 0; i < kHalf; i++) {
+      if constexpr (kBack) {
+        next[i] = unzip<0>(v[2 * i], v[2 * i + 1], lanes);
+        next[i + kHalf] = unzip<1>(v[2 * i], v[2 * i + 1], lanes);
+      } else {
+        next[2 * i] = zip<0>(v[i], v[i + kHalf], lanes);
+        next[2 * i + 1] = zip<N / 2>(v[i], v[i + kHalf], lanes);
+      }
+    }
+    for (int i = 0; i < kFew; i++) v[i] = next[i];
+  }
+  for (int i = 0; i < kFew; i++) std::memcpy(kBack ? loose[i] + j : woven + j * kFew + i * N, &v[i], sizeof(V));
+}
+#endif
 
 // A whole number of blocks, the last one moved back to end where the streams end; smaller blocks for short streams.
 template <bool kBack, int kFew, int N, class T>
 CONVBLOCKS_LOOP inline void weave_pixel(T* woven, T* const* loose, int64_t length) {
-  if constexpr (N > 1) {
+#if __has_builtin(__builtin_shufflevector)
+  if constexpr (N > 1 && std::has_single_bit(unsigned{kFew})) {
     if (length < N) return weave_pixel<kBack, kFew, N / 2>(woven, loose, length);
+    for (int64_t j = 0; j + N <= length; j += N) weave_block<kBack, kFew, N>(woven, loose, j);
+    if (length % N) weave_block<kBack, kFew, N>(woven, loose, length - N);
+    return;
   }
-  int64_t j = 0;
-  for (; j + N <= length; j += N) weave_block<kBack, kFew, N>(woven, loose, j);
-  if (j < length) weave_block<kBack, kFew, N>(woven, loose, length - N);
+#endif
+  for (int64_t j = 0; j < length; j++) {
+    for (int i = 0; i < kFew; i++) {
+      if constexpr (kBack)
+        loose[i][j] = woven[j * kFew + i];
+      else
+        woven[j * kFew + i] = loose[i][j];
+    }
+  }
 }
 
 template <bool kBack, int kFew, class T>
@@ -115,27 +154,39 @@ void shuffle_pixels(const Context& context, const ShuffleArgs& a) {
   });
 }
 
-template <class T>
-void shuffle_planes(const Context& context, const ShuffleArgs& a) {
-  std::vector<Stream<T>> planes(a.c);  // of the parts, in the order of the whole, with the stride of their samples
-  for (int64_t p = 0, i = 0; p < a.count; p++) {
+void shuffle_planes(const Context& context, const ShuffleArgs& a, int64_t size) {
+  struct Plane {
+    char* data;
+    int64_t sample;
+  };
+  std::vector<Plane> planes(a.c);  // of the parts, in the order of the whole
+  int64_t group = 0, place = 0;
+  for (int64_t p = 0; p < a.count; p++) {
     const auto& [map, channels] = a.parts[p];
-    for (int64_t c = 0; c < channels; c++, i++)
-      planes[a.place(i)] = {static_cast<T*>(map.data) + c * map.channel, map.batch};
-  }
-  parallel_for(context, a.n * a.c, std::max<int64_t>(1, 16384 / a.hw), [&](int64_t begin, int64_t end) {
-    for (int64_t i = begin; i < end; i++) {
-      const int64_t sample = i / a.c, c = i % a.c;
-      T* whole = static_cast<T*>(a.whole.data) + sample * a.whole.batch + c * a.whole.channel;
-      T* part = planes[c].data + sample * planes[c].pixel;
-      std::memcpy(a.back ? part : whole, a.back ? whole : part, a.hw * sizeof(T));
+    for (int64_t c = 0; c < channels; c++) {
+      planes[place] = {static_cast<char*>(map.data) + c * map.channel * size, map.batch * size};
+      place += a.groups;
+      if (place >= a.c) place = ++group;
     }
-  });
+  }
+  // The arguments by value: the compiler takes every store for one that may change what a reference leads to.
+  const auto copy = [&planes, a, size](int64_t begin, int64_t end) {
+    const int64_t bytes = a.hw * size, batch = a.whole.batch * size, channel = a.whole.channel * size;
+    int64_t sample = begin / a.c, c = begin % a.c;
+    const Plane* const parts = planes.data();
+    for (int64_t i = begin; i < end; i++) {
+      char* whole = static_cast<char*>(a.whole.data) + sample * batch + c * channel;
+      char* part = parts[c].data + sample * parts[c].sample;
+      std::memcpy(a.back ? part : whole, a.back ? whole : part, bytes);
+      if (++c == a.c) c = 0, sample++;
+    }
+  };
+  parallel_for(context, a.n * a.c, std::max<int64_t>(1, 16384 / a.hw), copy);
 }
 
 template <class T>
 void shuffle(const Context& context, const ShuffleArgs& a) {
-  a.channels_last ? shuffle_pixels<T>(context, a) : shuffle_planes<T>(context, a);
+  a.channels_last ? shuffle_pixels<T>(context, a) : shuffle_planes(context, a, sizeof(T));
 }
 
 }  // namespace

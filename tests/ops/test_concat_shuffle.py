@@ -95,8 +95,10 @@ def test_only_maps_that_want_a_gradient_get_one(wanted: tuple[bool, ...], backen
 
 
 @pytest.mark.skipif(SLOW, reason="nothing differs here")
-def test_stores_past_the_caches(backend: str, device: str) -> None:
-    """Maps larger than any cache, whose pixels begin at any place of a line."""
-    for channels in ((58, 58), (24, 24), (32, 32)):
-        maps = [torch.randn(4, c, 160, 161, device=device).to(memory_format=torch.channels_last) for c in channels]
-        assert torch.equal(concat_shuffle(maps, 2), F.channel_shuffle(torch.cat(maps, 1), 2))
+def test_streams_of_every_length(backend: str, device: str) -> None:
+    """Channels of whole vectors, with an end of any length, and fewer than a vector; woven and unwoven."""
+    for length, few, dtype in itertools.product(range(1, 70), (2, 4, 8), (torch.float32, torch.bfloat16)):
+        maps = [torch.randn(1, length, 2, 3, device=device, dtype=dtype) for _ in range(few)]
+        maps = [t.to(memory_format=torch.channels_last) for t in maps]
+        for groups in (few, length):
+            assert torch.equal(concat_shuffle(maps, groups), F.channel_shuffle(torch.cat(maps, 1), groups))
