@@ -7,6 +7,7 @@ from convblocks.blocks.depthwise_separable_conv import DepthwiseSeparableConv
 from convblocks.blocks.eca import ECA
 from convblocks.blocks.fasternet import FasterNetBlock
 from convblocks.blocks.partial_conv import PartialConv
+from convblocks.blocks.shufflenet import ShuffleNetV1Unit, ShuffleNetV2Unit
 from convblocks.blocks.simam import SimAM
 from convblocks.blocks.squeeze_excite import EffectiveSqueezeExcite, SqueezeExcite
 
@@ -18,6 +19,8 @@ __all__ = [
     "EffectiveSqueezeExcite",
     "FasterNetBlock",
     "PartialConv",
+    "ShuffleNetV1Unit",
+    "ShuffleNetV2Unit",
     "SimAM",
     "SqueezeExcite",
     "convert_state_dict",
