@@ -4,10 +4,12 @@ from __future__ import annotations
 
 from torch import nn
 
-from convblocks.accelerate import segmentation_models_pytorch, timm, torchvision
+from convblocks.accelerate import segmentation_models_pytorch, timm, torch, torchvision
 from convblocks.accelerate.rule import BACKENDS, replacement
 
-RULES = {rule.source: rule for library in (timm, torchvision, segmentation_models_pytorch) for rule in library.RULES}
+RULES = {
+    rule.source: rule for library in (timm, torchvision, torch, segmentation_models_pytorch) for rule in library.RULES
+}
 
 
 def __getattr__(name: str) -> type[nn.Module]:

@@ -11,6 +11,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from convblocks import backends
+from convblocks.blocks.arguments import qualified_name
 from convblocks.ops.operator import Operator
 
 BACKENDS = tuple(b for b in backends.BACKENDS if b != "triton")  # it takes the place of another one, in all calls
@@ -36,6 +37,7 @@ class Rule:
         check: raises Refused with what keeps a module from being replaced.
         options: attributes that the forward needs, and how to read each from a module; may raise Refused.
         constants: attributes that the forward needs and that are the same for all modules of the class.
+        calls_children: whether the forward calls them as the old one does, hooks, parametrizations and all.
     """
 
     name: str
@@ -46,6 +48,16 @@ class Rule:
     check: Callable[[Any], None]
     options: Mapping[str, Callable[[Any], str]]
     constants: Mapping[str, Any] = field(default_factory=dict)
+    calls_children: bool = False
+
+
+def child(module: nn.Module, name: str, cls: type[nn.Module]) -> Any:
+    """The child ``name``, which must be of this very class."""
+    found = module._modules.get(name)
+    if type(found) is not cls:
+        got = "missing" if found is None else f"a {qualified_name(type(found))}"
+        raise Refused(f"{name} is {got}, not a torch.nn.{cls.__name__}")
+    return found
 
 
 class Accelerated:

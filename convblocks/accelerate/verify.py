@@ -11,10 +11,11 @@ from torch import Tensor, nn
 from convblocks.accelerate.rule import Refused, Rule, become
 
 
-def _run(module: nn.Module, x: Tensor, grad: Tensor) -> list[Tensor]:
-    """The output and the gradients of the input and of all parameters."""
+def _run(module: nn.Module, x: Tensor) -> list[Tensor]:
+    """The output and the gradients of the input and of all parameters, for a random gradient of the output."""
     x = x.clone().requires_grad_()
     y = module(x)
+    grad = torch.randn(y.shape, generator=torch.Generator().manual_seed(1), dtype=torch.float64, device="cpu").to(y)
     return [y.detach(), *torch.autograd.grad(y, [x, *module.parameters()], grad)]
 
 
@@ -30,18 +31,17 @@ def _distance(t: Tensor, exact: Tensor) -> float:
     return float((t.double() - exact).norm() / exact.norm().clamp_min(torch.finfo(exact.dtype).tiny))
 
 
-def _error(rule: Rule, module: nn.Module, fast: nn.Module, dtype: torch.dtype) -> float:
-    parameter = next(module.parameters())
+def _error(rule: Rule, module: nn.Module, fast: nn.Module, device: torch.device, dtype: torch.dtype) -> float:
     generator = torch.Generator().manual_seed(0)
-    x, grad = torch.randn(2, 2, rule.channels(module), 5, 6, generator=generator, dtype=torch.float64, device="cpu")
-    x, grad = x.to(parameter.device, dtype), grad.to(parameter.device, dtype)
+    x = torch.randn(2, rule.channels(module), 5, 6, generator=generator, dtype=torch.float64, device="cpu")
+    x = x.to(device, dtype)
     try:
-        original = _run(_copy(module, dtype), x, grad)
-        exact = _run(_copy(module, torch.float64), x.double(), grad.double())
+        original = _run(_copy(module, dtype), x)
+        exact = _run(_copy(module, torch.float64), x.double())
     except Exception as e:
         raise Refused(f"it does not run on an input of {dtype}: {e}") from e
     try:
-        ours = _run(_copy(fast, dtype), x, grad)
+        ours = _run(_copy(fast, dtype), x)
     except Exception as e:
         raise Refused(f"the replacement does not run on an input of {dtype}: {e}") from e
     if [t.dtype for t in ours] != [t.dtype for t in original]:
@@ -60,18 +60,18 @@ def _error(rule: Rule, module: nn.Module, fast: nn.Module, dtype: torch.dtype) -
     return worst
 
 
-def error(rule: Rule, module: nn.Module, cls: type[nn.Module], options: Mapping[str, str]) -> float:
-    """The relative error of the replacement's output and gradients; raises Refused if they are not the original's.
+def error(rule: Rule, module: nn.Module, cls: type[nn.Module], options: Mapping[str, str], parameter: Tensor) -> float:
+    """The relative error of the replacement's output and gradients, on the device and in the dtype of ``parameter``;
+    raises Refused if they are not the original's.
 
     The yardstick is the original in float64: the replacement may miss it by four times what the original misses it by
     in its own dtype, and a little. That is wider than the rule of this package's tests: what is looked for here is
     another function, such as a foreign class changed by a new release, and a false alarm would cost the speed.
     """
-    parameter = next(module.parameters())
     with torch.inference_mode(False), torch.enable_grad(), torch.autocast(parameter.device.type, enabled=False):
         fast = copy.deepcopy(module)
         become(fast, cls, options)
-        worst = _error(rule, module, fast, parameter.dtype)
+        worst = _error(rule, module, fast, parameter.device, parameter.dtype)
         if parameter.dtype.itemsize == 2:
-            _error(rule, module, fast, torch.float32)
+            _error(rule, module, fast, parameter.device, torch.float32)
     return worst
