@@ -4,13 +4,11 @@ from __future__ import annotations
 
 from torch import nn
 
-from convblocks.accelerate import fold, segmentation_models_pytorch, timm, torch_nn, torchvision
+from convblocks.accelerate import fold, segmentation_models_pytorch, timm, torch, torchvision
 from convblocks.accelerate.rule import BACKENDS, replacement
 
 RULES = {
-    rule.source: rule
-    for library in (torch_nn, timm, torchvision, segmentation_models_pytorch)
-    for rule in library.RULES
+    rule.source: rule for library in (torch, timm, torchvision, segmentation_models_pytorch) for rule in library.RULES
 }
 
 

@@ -8,24 +8,15 @@ from typing import Any
 
 from torch import nn
 
-from convblocks.accelerate.rule import Refused, Rule
+from convblocks.accelerate.rule import Refused, Rule, child
 from convblocks.blocks import eca as eca_block
 from convblocks.blocks import squeeze_excite as squeeze_excite_block
-from convblocks.blocks.arguments import function_of, qualified_name
+from convblocks.blocks.arguments import function_of
 from convblocks.ops.gate import ACTIVATIONS, GATES
 
 
-def _child(module: nn.Module, name: str, cls: type[nn.Module]) -> Any:
-    """The child ``name``, which must be of this very class."""
-    found = module._modules.get(name)
-    if type(found) is not cls:
-        got = "missing" if found is None else f"a {qualified_name(type(found))}"
-        raise Refused(f"{name} is {got}, not a torch.nn.{cls.__name__}")
-    return found
-
-
 def _layer(module: nn.Module, name: str, cls: type[nn.Module]) -> Any:
-    layer = _child(module, name, cls)
+    layer = child(module, name, cls)
     if not {"weight", "bias"} <= layer._parameters.keys():
         raise Refused(f"{name} computes its weight or bias (pruned, weight norm or spectral norm)")
     if layer.groups != 1 or set(layer.stride) != {1} or layer.padding_mode != "zeros":
@@ -65,7 +56,7 @@ def squeeze_excite(
         _pointwise(module, fc2)
         if norm is not None and type(module._modules[norm]) is not nn.Identity:
             raise Refused(f"it has a norm between its layers: {module._modules[norm]}")
-        if pool is not None and _child(module, pool, nn.AdaptiveAvgPool2d).output_size not in (1, (1, 1)):
+        if pool is not None and child(module, pool, nn.AdaptiveAvgPool2d).output_size not in (1, (1, 1)):
             raise Refused(f"{pool} does not pool to one pixel")
 
     return Rule(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from fnmatch import fnmatchcase
@@ -74,9 +75,14 @@ def _why_subclass(module: nn.Module, rule: Rule) -> str:
     return f"it is a {qualified_name(type(module))}, a subclass of {rule.source}"
 
 
+def _has_hooks(module: nn.Module) -> bool:
+    return any(getattr(module, hooks) for hooks in _HOOKS)
+
+
 def _check(module: nn.Module, rule: Rule) -> None:
     """Raises Refused if something about the module or its children would be lost, or if the rule does not hold."""
-    for name, part in module.named_modules():
+    parts = [("", module)] if rule.calls_children else list(module.named_modules())
+    for name, part in parts:
         label = name or "it"
         if is_parametrized(part):
             raise Refused(f"{label} is parametrized")
@@ -96,8 +102,8 @@ def _check(module: nn.Module, rule: Rule) -> None:
         if f"{method.__module__}.{method.__qualname__}" != f"{rule.source}.{name}":
             raise Refused("the forward of its class is overridden")
     rule.check(module)
-    for name, part in module.named_modules():
-        if any(getattr(part, hooks) for hooks in _HOOKS):
+    for name, part in parts:
+        if _has_hooks(part):
             raise Refused(f"{name or 'it'} has hooks")
 
 
@@ -115,7 +121,13 @@ def _matches(patterns: str | Sequence[str], name: str, module: nn.Module) -> boo
 
 
 def _plan(
-    name: str, module: nn.Module, rule: Rule, backend: str, verify: str, found: fold.Fold | None
+    name: str,
+    module: nn.Module,
+    rule: Rule,
+    backend: str,
+    verify: str,
+    model: nn.Module,
+    found: fold.Fold | None,
 ) -> tuple[Entry, Callable[[], None]]:
     """What will be done to a module, and the act itself; or raises Refused. Changes nothing."""
     _check(module, rule)
@@ -123,7 +135,9 @@ def _plan(
     if type(module) is not cls.source:  # type: ignore[attr-defined]
         raise Refused(f"its class is another {rule.source} than the one that is imported")
     options = {attribute: read(module) for attribute, read in rule.options.items()}
-    parameter = next(module.parameters())
+    # One without parameters is taken to run where the model does.
+    every = itertools.chain(module.parameters(), model.parameters())
+    parameter = next((p for p in every if p.dtype in FLOATING), torch.empty(0))
     reason = backends.why_not(rule.operation, backend, parameter)
     if reason is not None:
         raise RuntimeError(f"accelerate: expected {rule.operation} to run on backend {backend}, got none: {reason}")
@@ -143,8 +157,10 @@ def _plan(
         entry = replace(entry, reason=entry.reason or "not compared")
     elif parameter.is_meta:
         entry = replace(entry, reason="not compared: it has no data (meta device)")
+    elif any(map(_has_hooks, module.modules())):
+        entry = replace(entry, reason="not compared: hooks in it would run")
     else:
-        entry = replace(entry, error=verification.error(rule, module, cls, options))
+        entry = replace(entry, error=verification.error(rule, module, cls, options, parameter))
     return entry, partial(become, module, cls, options)
 
 
@@ -168,12 +184,13 @@ def accelerate(
     scripted, sharded or different in any way from what their class does stay as they are, and the report says why. If
     later one of its convolutions is pruned, parametrized or hooked, or a child is replaced, the original forward runs
     again; only hooks that are put later on an activation do not run. It takes (N, C, H, W); torchvision's took
-    (C, H, W), too.
+    (C, H, W), too. A unit of ShuffleNet V2 calls its branches as before, whatever is done to their layers; its output
+    keeps channels_last, which torchvision's loses.
 
     Known classes: of timm SEModule, SqueezeExcite of the EfficientNets, SEModule of the legacy SENets,
     EffectiveSEModule, EseModule, EcaModule, CecaModule, Conv2dSame where it is depthwise, and Partial_conv3;
-    SqueezeExcitation of torchvision; SEModule of segmentation_models_pytorch; of torch itself Conv2d where it is
-    depthwise.
+    SqueezeExcitation and the InvertedResidual of ShuffleNet V2 of torchvision; SEModule of segmentation_models_pytorch;
+    of torch itself ChannelShuffle, and Conv2d where it is depthwise.
 
     Call it after ``model.to(...)`` and before ``torch.compile``, ``torch.jit`` and ``fully_shard``.
     DistributedDataParallel may come before or after.
@@ -231,7 +248,7 @@ def accelerate(
         try:
             if reason is not None:
                 raise Refused(reason)
-            entry, act = _plan(name, module, rule, backend, verify, folds.get(id(module)))
+            entry, act = _plan(name, module, rule, backend, verify, model, folds.get(id(module)))
             acts.append(act)
         except Refused as e:
             entry = Entry(name, rule.source, rule.operation, "", False, str(e))

@@ -11,6 +11,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from convblocks import backends
+from convblocks.blocks.arguments import qualified_name
 from convblocks.ops.operator import Operator
 
 BACKENDS = tuple(b for b in backends.BACKENDS if b != "triton")  # it takes the place of another one, in all calls
@@ -41,6 +42,7 @@ class Rule:
         methods: names of those of which a module has bound one as its forward; its name is then the option
             ``forward_name``.
         differentiable: whether a module has gradients to compare.
+        calls_children: whether the forward calls them as the old one does, hooks, parametrizations and all.
     """
 
     name: str
@@ -55,6 +57,16 @@ class Rule:
     pixels: Callable[[Any], tuple[int, int]] = lambda module: (5, 6)
     methods: tuple[str, ...] = ()
     differentiable: Callable[[Any], bool] = lambda module: True
+    calls_children: bool = False
+
+
+def child(module: nn.Module, name: str, cls: type[nn.Module]) -> Any:
+    """The child ``name``, which must be of this very class."""
+    found = module._modules.get(name)
+    if type(found) is not cls:
+        got = "missing" if found is None else f"a {qualified_name(type(found))}"
+        raise Refused(f"{name} is {got}, not a torch.nn.{cls.__name__}")
+    return found
 
 
 class Accelerated:

@@ -1,6 +1,7 @@
 """The classes of torchvision that are replaced."""
 
 from convblocks.accelerate.gates import squeeze_excite
+from convblocks.accelerate.shuffles import shuffle_unit
 
 RULES = (
     squeeze_excite(
@@ -12,4 +13,5 @@ RULES = (
         "scale_activation",
         pool="avgpool",
     ),
+    shuffle_unit("FastInvertedResidual", "torchvision.models.shufflenetv2.InvertedResidual"),
 )

@@ -11,13 +11,15 @@ from torch import Tensor, nn
 from convblocks.accelerate.rule import Refused, Rule, become
 
 
-def _run(rule: Rule, module: nn.Module, x: Tensor, grad: Tensor) -> list[Tensor]:
-    """The output and, where the original has them, the gradients of the input and of all parameters."""
+def _run(rule: Rule, module: nn.Module, x: Tensor) -> list[Tensor]:
+    """The output and, where the original has them, the gradients of the input and of all parameters, for a random
+    gradient of the output."""
     if not rule.differentiable(module):
         with torch.no_grad():
             return [module(x)]
     x = x.clone().requires_grad_()
     y = module(x)
+    grad = torch.randn(y.shape, generator=torch.Generator().manual_seed(1), dtype=torch.float64, device="cpu").to(y)
     return [y.detach(), *torch.autograd.grad(y, [x, *module.parameters()], grad)]
 
 
@@ -33,24 +35,19 @@ def _distance(t: Tensor, exact: Tensor) -> float:
     return float((t.double() - exact).norm() / exact.norm().clamp_min(torch.finfo(exact.dtype).tiny))
 
 
-def _error(rule: Rule, module: nn.Module, fast: nn.Module, dtype: torch.dtype) -> float:
-    parameter = next(module.parameters())
+def _error(rule: Rule, module: nn.Module, fast: nn.Module, device: torch.device, dtype: torch.dtype) -> float:
     generator = torch.Generator().manual_seed(0)
-
-    def random(*size: int) -> Tensor:
-        values = torch.randn(size, generator=generator, dtype=torch.float64, device="cpu")
-        return values.to(parameter.device, dtype)
-
-    x = random(2, rule.channels(module), *rule.pixels(module))
+    x = torch.randn(
+        2, rule.channels(module), *rule.pixels(module), generator=generator, dtype=torch.float64, device="cpu"
+    )
+    x = x.to(device, dtype)
     try:
-        with torch.no_grad():
-            grad = random(*_copy(module, dtype)(x).shape)
-        original = _run(rule, _copy(module, dtype), x, grad)
-        exact = _run(rule, _copy(module, torch.float64), x.double(), grad.double())
+        original = _run(rule, _copy(module, dtype), x)
+        exact = _run(rule, _copy(module, torch.float64), x.double())
     except Exception as e:
         raise Refused(f"it does not run on an input of {dtype}: {e}") from e
     try:
-        ours = _run(rule, _copy(fast, dtype), x, grad)
+        ours = _run(rule, _copy(fast, dtype), x)
     except Exception as e:
         raise Refused(f"the replacement does not run on an input of {dtype}: {e}") from e
     if [t.dtype for t in ours] != [t.dtype for t in original]:
@@ -69,18 +66,18 @@ def _error(rule: Rule, module: nn.Module, fast: nn.Module, dtype: torch.dtype) -
     return worst
 
 
-def error(rule: Rule, module: nn.Module, cls: type[nn.Module], options: Mapping[str, str]) -> float:
-    """The relative error of the replacement's output and gradients; raises Refused if they are not the original's.
+def error(rule: Rule, module: nn.Module, cls: type[nn.Module], options: Mapping[str, str], parameter: Tensor) -> float:
+    """The relative error of the replacement's output and gradients, on the device and in the dtype of ``parameter``;
+    raises Refused if they are not the original's.
 
     The yardstick is the original in float64: the replacement may miss it by four times what the original misses it by
     in its own dtype, and a little. That is wider than the rule of this package's tests: what is looked for here is
     another function, such as a foreign class changed by a new release, and a false alarm would cost the speed.
     """
-    parameter = next(module.parameters())
     with torch.inference_mode(False), torch.enable_grad(), torch.autocast(parameter.device.type, enabled=False):
         fast = copy.deepcopy(module)
         become(fast, cls, options)
-        worst = _error(rule, module, fast, parameter.dtype)
+        worst = _error(rule, module, fast, parameter.device, parameter.dtype)
         if parameter.dtype.itemsize == 2:
-            _error(rule, module, fast, torch.float32)
+            _error(rule, module, fast, parameter.device, torch.float32)
     return worst

@@ -19,6 +19,7 @@ from timm.models._efficientnet_blocks import SqueezeExcite  # noqa: E402
 from timm.models.fasternet import Partial_conv3  # noqa: E402
 from timm.models.hgnet import EseModule  # noqa: E402
 from timm.models.senet import SEModule as SenetSEModule  # noqa: E402
+from torchvision.models.shufflenetv2 import InvertedResidual  # noqa: E402
 from torchvision.ops.misc import SqueezeExcitation  # noqa: E402
 
 CHANNELS = 24
@@ -82,6 +83,9 @@ SOURCES: dict[str, Callable[[], nn.Module]] = {
     "torchvision": partial(SqueezeExcitation, CHANNELS, 6),
     "torchvision-silu": partial(SqueezeExcitation, CHANNELS, 6, activation=partial(nn.SiLU, inplace=True)),
     "torchvision-hard": partial(SqueezeExcitation, CHANNELS, 6, scale_activation=nn.Hardsigmoid),
+    "shuffle": partial(nn.ChannelShuffle, 3),
+    "shufflenet": partial(InvertedResidual, CHANNELS, CHANNELS, 1),
+    "shufflenet-stride-2": partial(InvertedResidual, CHANNELS, 2 * CHANNELS, 2),
 }
 
 each_source = pytest.mark.parametrize("make", SOURCES.values(), ids=SOURCES.keys())

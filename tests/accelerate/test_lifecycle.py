@@ -18,7 +18,17 @@ from torch.nn.utils import parametrizations, parametrize, prune
 
 import convblocks
 from convblocks.ops.squeeze_excite import operator as squeeze_excite_operator
-from tests.accelerate.sources import CHANNELS, EcaModule, SEModule, SqueezeExcitation, each_source, made, network, timm
+from tests.accelerate.sources import (
+    CHANNELS,
+    EcaModule,
+    InvertedResidual,
+    SEModule,
+    SqueezeExcitation,
+    each_source,
+    made,
+    network,
+    timm,
+)
 
 ROOT = Path(__file__).parents[2]
 
@@ -318,6 +328,26 @@ def test_foreign_libraries_are_not_imported_and_the_function_hides_its_package()
         assert isinstance(convblocks.accelerate(nn.Conv2d(1, 1, 1)), Report)
     """
     subprocess.run([sys.executable, "-c", code], check=True, cwd=ROOT)
+
+
+@pytest.mark.parametrize("stride", [1, 2])
+def test_hooks_in_the_branches_of_a_unit_fire(stride: int) -> None:
+    """Those that were there before, which the comparison does not run, and later ones; so do changes of its layers."""
+    unit = made(lambda: InvertedResidual(CHANNELS, CHANNELS * stride, stride)).eval()
+    seen: list[str] = []
+    unit.branch2[0].register_forward_hook(lambda *_: seen.append("before"))
+    (entry,) = convblocks.accelerate(unit, include="", strict=True).replaced
+    assert entry.reason == "not compared: hooks in it would run"
+    assert not seen
+    unit.branch2[5].register_full_backward_hook(lambda *_: seen.append("backward"))
+    unit.branch2.register_forward_hook(lambda *_: seen.append("branch"))
+    prune.l1_unstructured(unit.branch2[3], "weight", 0.5)
+    x = torch.randn(2, CHANNELS, 6, 6, requires_grad=True)
+    y = unit(x)
+    y.sum().backward()
+    assert seen == ["before", "branch", "backward"]
+    convblocks.revert(unit)
+    assert torch.equal(unit(x), y)
 
 
 def test_backward_hook_of_a_layer_afterwards_fires() -> None:

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 import convblocks
-from tests.accelerate.sources import CHANNELS, complaint, each_source, made, timm
+from tests.accelerate.sources import CHANNELS, complaint, each_source, made, timm, torchvision
 
 
 def _run(module: nn.Module, x: Tensor, grad: Tensor) -> list[Tensor]:
@@ -21,7 +21,7 @@ def _run(module: nn.Module, x: Tensor, grad: Tensor) -> list[Tensor]:
 
 def _accelerated(module: nn.Module) -> nn.Module:
     fast = copy.deepcopy(module)
-    report = convblocks.accelerate(fast, strict=True)
+    report = convblocks.accelerate(fast, include="", strict=True)  # itself, nothing in it
     assert len(report.replaced) == 1
     assert convblocks.is_accelerated(fast)
     return fast
@@ -36,12 +36,12 @@ def test_output_and_gradients(
     module = made(make).to(device, dtype)
     fast = _accelerated(module)
     x = torch.randn(3, CHANNELS, 7, 9).to(device, dtype).contiguous(memory_format=memory_format)
-    grad = torch.randn_like(x)
-    exact = _run(copy.deepcopy(module).double(), x.double(), grad.double())
     for train in (True, False):
+        grad = torch.randn_like(copy.deepcopy(module)(x))
+        exact = _run(copy.deepcopy(module).train(train).double(), x.double(), grad.double())
         before = _run(module.train(train), x, grad)
         after = _run(fast.train(train), x, grad)
-        assert after[0].stride() == before[0].stride() == x.stride()
+        assert after[0].stride() == torch.empty_like(before[0], memory_format=memory_format).stride()
         for a, b, c in zip(after, before, exact, strict=True):
             assert (a.dtype, a.shape) == (b.dtype, b.shape)
             assert complaint(a, b, c) is None
@@ -72,6 +72,29 @@ def test_autocast_dtype(
     for b, a in zip(*grads, strict=True):
         assert a.dtype == b.dtype
         assert (a - b).norm() <= 0.1 * b.norm()  # a value that is rounded across a kink has another gradient
+
+
+def test_shufflenet(backend: str, device: str) -> None:
+    """All units of a whole network, in training: outputs, gradients and statistics."""
+    model = torchvision.models.shufflenet_v2_x0_5(num_classes=5).to(device)
+    fast = copy.deepcopy(model)
+    report = convblocks.accelerate(fast, include="torchvision.*", strict=True)
+    assert [e.operation for e in report.replaced] == ["concat_shuffle"] * 16
+    x = torch.randn(2, 3, 64, 64, device=device)
+    results = []
+    for m in (model, fast):
+        y = m(x)
+        results.append([y, *torch.autograd.grad(y.square().sum(), list(m.parameters())), *m.buffers()])
+    for after, before in zip(*reversed(results), strict=True):
+        torch.testing.assert_close(after, before, rtol=1e-3, atol=1e-4 * before.abs().max().item())
+
+
+def test_a_shuffle_of_other_than_feature_maps(backend: str, device: str) -> None:
+    """torch shuffles any rank and dtype."""
+    shuffle = nn.ChannelShuffle(2)
+    convblocks.accelerate(shuffle, strict=True)
+    for x in (torch.randn(2, 6, 5), torch.randn(2, 6, 3, 2, 2), torch.arange(24).view(1, 6, 2, 2)):
+        assert torch.equal(shuffle(x.to(device)), nn.ChannelShuffle(2)(x.to(device)))
 
 
 def test_timm_autocast_dtype_of_a_whole_network(backend: str, device: str) -> None:

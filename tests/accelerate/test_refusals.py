@@ -14,9 +14,19 @@ from torch import nn
 from torch.nn.utils import parametrizations, parametrize, prune
 
 import convblocks
-from tests.accelerate.sources import CHANNELS, EcaModule, SEModule, SqueezeExcitation, network, timm, torchvision
+from tests.accelerate.sources import (
+    CHANNELS,
+    EcaModule,
+    InvertedResidual,
+    SEModule,
+    SqueezeExcitation,
+    network,
+    timm,
+    torchvision,
+)
 
 se = partial(SEModule, CHANNELS)
+unit = partial(InvertedResidual, CHANNELS, CHANNELS, 1)
 
 
 def _with(make: Callable[[], nn.Module], change: Callable[[Any], object]) -> nn.Module:
@@ -32,6 +42,15 @@ class _Subclass(SEModule):
 def _quantizable() -> nn.Module:
     model = torchvision.models.quantization.mobilenet_v3_large(quantize=False)
     return next(m for m in model.modules() if isinstance(m, SqueezeExcitation))
+
+
+class _Branch(nn.Sequential):
+    pass
+
+
+def _quantizable_unit() -> nn.Module:
+    model = torchvision.models.quantization.shufflenet_v2_x0_5(quantize=False)
+    return next(m for m in model.modules() if isinstance(m, InvertedResidual))
 
 
 def _double_weight(module: Any) -> None:
@@ -88,6 +107,21 @@ REFUSED: dict[str, tuple[Callable[[], nn.Module], str]] = {
     ),
     "scripted": (lambda: torch.jit.script(se()), "scripted or traced"),
     "traced": (lambda: torch.jit.trace(se(), torch.randn(1, CHANNELS, 4, 4)), "scripted or traced"),
+    "quantizable unit": (_quantizable_unit, "quantization.*a subclass of torchvision"),
+    "unit with a hook": (lambda: _with(unit, lambda m: m.register_forward_hook(print)), "it has hooks"),
+    "unit with another layer": (
+        lambda: _with(unit, lambda m: m.branch2.__setitem__(7, nn.SiLU())),
+        "branch2 is not as its class makes it",
+    ),
+    "unit of stride 1 with a branch": (
+        lambda: _with(unit, lambda m: m.branch1.append(nn.ReLU())),
+        "branch1 is not as its class makes it",
+    ),
+    "unit with a branch of its own kind": (
+        lambda: _with(unit, lambda m: setattr(m, "branch2", _Branch(*m.branch2))),
+        "branch2 is a tests.accelerate.test_refusals._Branch",
+    ),
+    "no groups": (lambda: nn.ChannelShuffle(0), "groups is 0"),
     "float8": (lambda: se().to(torch.float8_e4m3fn), "fc1 has parameters of torch.float8"),
     "not finite": (lambda: _with(se, lambda m: m.fc1.weight.data.fill_(torch.nan)), "output is off by nan"),
 }
@@ -98,14 +132,15 @@ REFUSED: dict[str, tuple[Callable[[], nn.Module], str]] = {
 def test_stays_and_says_why(make: Callable[[], nn.Module], reason: str) -> None:
     model = make()
     classes = [type(m) for m in model.modules()]
-    report = convblocks.accelerate(model)
+    others = "torch.nn.modules.conv.*"  # depthwise ones in it
+    report = convblocks.accelerate(model, exclude=others)
     assert not report.replaced
-    (entry,) = report.skipped
+    (entry,) = [e for e in report.skipped if e.reason != "in exclude"]
     assert re.search(reason, entry.reason), entry.reason
     assert [type(m) for m in model.modules()] == classes
     assert entry.reason in str(report)
     with pytest.raises(RuntimeError, match="accelerate: expected to replace all"):
-        convblocks.accelerate(model, strict=True)
+        convblocks.accelerate(model, exclude=others, strict=True)
 
 
 def test_forward_of_the_class_overridden(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 import convblocks
-from tests.accelerate.sources import network
+from tests.accelerate.sources import CHANNELS, InvertedResidual, made, network
 
 pytestmark = pytest.mark.filterwarnings("ignore::FutureWarning", "ignore::DeprecationWarning")
 
@@ -89,6 +89,18 @@ def test_fx(model: nn.Module, x: Tensor) -> None:
     graph = torch.fx.symbolic_trace(model)
     torch.testing.assert_close(graph(x), model(x))
     assert dict(graph.named_parameters()).keys() == dict(model.named_parameters()).keys()
+
+
+@pytest.mark.parametrize("stride", [1, 2])
+def test_units_that_call_their_branches(stride: int) -> None:
+    torch.compiler.reset()
+    unit = made(lambda: InvertedResidual(CHANNELS, CHANNELS * stride, stride)).eval()
+    convblocks.accelerate(unit, strict=True)
+    x = torch.randn(2, CHANNELS, 7, 6)
+    expected = unit(x)
+    program = torch.export.export(unit, (x,)).module()
+    for traced in (torch.compile(unit, fullgraph=True), program, torch.fx.symbolic_trace(unit)):
+        torch.testing.assert_close(traced(x), expected, rtol=1e-4, atol=1e-5)
 
 
 def _train(rank: int, folder: str, inputs: Tensor, state: dict[str, Tensor]) -> None:
