@@ -138,7 +138,8 @@ def _run(args: argparse.Namespace, error: Callable[[str], object]) -> int:
         torch.set_num_threads(args.threads)
     device = args.device or torch.device("cuda" if torch.cuda.is_available() else "cpu")
     dtypes = [_DTYPES[name] for name in args.dtype] if args.dtype else preset.dtypes
-    cases = plan(args.ops, args.sizes or preset.sizes, dtypes, args.mode, args.layout, device)
+    sizes = preset.sizes_of if args.sizes is None else lambda info, options: args.sizes
+    cases = plan(args.ops, sizes, dtypes, args.mode, args.layout, device)
     seconds = preset.seconds if args.seconds is None else args.seconds
     with backends.use_backend(args.backend):
         for op in args.ops:

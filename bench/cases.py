@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import math
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import Any
@@ -34,11 +35,17 @@ class Preset:
     sizes: tuple[Size, ...]
     dtypes: tuple[torch.dtype, ...]
     seconds: float  # of timing per case
+    fraction: float  # of the sizes that an operation has for itself
+
+    def sizes_of(self, info: OpInfo, options: Options) -> tuple[Size, ...]:
+        """Those of the preset, or where networks have the operation in other places, of these."""
+        own = dict(zip(map(str, info.bench), info.bench_sizes, strict=False)).get(str(options), ())
+        return own[: math.ceil(self.fraction * len(own))] or self.sizes
 
 
 PRESETS = {
-    "quick": Preset(((1, 96, 56, 56), (8, 256, 28, 28), (8, 1152, 7, 7)), (torch.float32,), 2.5),
-    "full": Preset(NETWORK_SIZES + ODD_SIZES, (torch.float32, torch.bfloat16), 4.0),
+    "quick": Preset(((1, 96, 56, 56), (8, 256, 28, 28), (8, 1152, 7, 7)), (torch.float32,), 2.5, 0.4),
+    "full": Preset(NETWORK_SIZES + ODD_SIZES, (torch.float32, torch.bfloat16), 4.0, 1.0),
 }
 
 
@@ -80,7 +87,7 @@ class Case:
 
 def plan(
     ops: Iterable[str],
-    sizes: Iterable[Size],
+    sizes: Callable[[OpInfo, Options], Iterable[Size]],
     dtypes: Iterable[torch.dtype],
     modes: Iterable[str],
     layouts: tuple[str, ...],
@@ -90,7 +97,7 @@ def plan(
         Case(op, options, size, dtype, mode, layouts, device)
         for op, dtype, mode in itertools.product(ops, dtypes, modes)
         for options in OPS[op].bench
-        for size in sizes
+        for size in sizes(OPS[op], options)
     ]
 
 

@@ -93,6 +93,7 @@ class OpInfo:
     forward_flops: Callable[[Sample], int]
     backward_flops: Callable[[Sample], int]
     gpu_traffic: tuple[float, float]  # bytes that GPU kernels may move, forward and backward, over least_bytes
+    bench_sizes: tuple[tuple[Size, ...], ...] = ()  # of each in bench, the most telling first; else the benchmark's own
     sizes: tuple[Size, ...] = (
         (2, 8, 7, 7),
         (1, 3, 5, 9),

@@ -3,9 +3,8 @@
 // band of rows at a time, and what becomes of them is scattered back.
 #include "../depthwise_conv2d.h"
 
-#include <numeric>
-
-#include "depthwise_row.h"
+#include "depthwise_planes.h"
+#include "depthwise_side.h"
 #include "dispatch.h"
 #include "lanes.h"
 #include "weights.h"
@@ -17,58 +16,6 @@ using Shape = DepthwiseConv2dShape;
 
 constexpr int64_t kBandBytes = 256 << 10;  // of scratch memory for a band of rows
 constexpr int64_t kChunk = 1024;           // pixels whose products are summed before they are added to other sums
-
-// Positions along one side: those that a window meets, and those whose windows meet a position.
-struct Side {
-  int64_t in, out, kernel, stride, dilation, padding;
-
-  // The taps of the window at `out_position` that lie inside: from `tap` on, of which the first meets `position`.
-  struct Window {
-    int64_t tap, position, count;
-  };
-  Window window(int64_t out_position) const {
-    const int64_t start = out_position * stride - padding;
-    const int64_t tap = start < 0 ? (-start + dilation - 1) / dilation : 0;
-    const int64_t end = start < in ? std::min(kernel, (in - start - 1) / dilation + 1) : 0;
-    return {tap, start + tap * dilation, std::max<int64_t>(0, end - tap)};
-  }
-
-  // The taps through which `in_position` goes into results: tap, tap + tap_step, ... and the positions of these results,
-  // each `step` below the one before; not all of them need be there.
-  struct Reach {
-    int64_t tap, tap_step, position, step, count;
-  };
-  Reach reach(int64_t in_position) const {
-    const int64_t common = std::gcd(stride, dilation), at = in_position + padding;
-    for (int64_t tap = 0; tap < std::min(kernel, stride / common); tap++) {
-      if ((at - tap * dilation) % stride) continue;
-      const int64_t tap_step = stride / common;
-      return {tap, tap_step, (at - tap * dilation) / stride, dilation / common, (kernel - 1 - tap) / tap_step + 1};
-    }
-    return {0, 1, 0, 1, 0};
-  }
-  // Without the results that are not there.
-  Reach reach_inside(int64_t in_position) const {
-    Reach r = reach(in_position);
-    const int64_t beyond = r.position >= out ? (r.position - out) / r.step + 1 : 0;
-    const int64_t end = r.position < 0 ? 0 : std::min(r.count, r.position / r.step + 1);
-    r.count = std::max<int64_t>(0, end - beyond);
-    r.tap += beyond * r.tap_step;
-    r.position -= beyond * r.step;
-    return r;
-  }
-
-  // The positions [first, second) that the windows at [begin, end) meet, and the other way.
-  std::pair<int64_t, int64_t> met_by(int64_t begin, int64_t end) const {
-    return {std::clamp<int64_t>(begin * stride - padding, 0, in),
-            std::clamp<int64_t>((end - 1) * stride - padding + (kernel - 1) * dilation + 1, 0, in)};
-  }
-  std::pair<int64_t, int64_t> reached_by(int64_t begin, int64_t end) const {
-    const int64_t low = begin + padding - (kernel - 1) * dilation;
-    return {std::clamp<int64_t>(low > 0 ? (low + stride - 1) / stride : 0, 0, out),
-            std::clamp<int64_t>((end - 1 + padding) / stride + 1, 0, out)};
-  }
-};
 
 template <class T>
 struct Depthwise {
@@ -217,6 +164,37 @@ struct Depthwise {
                       convolve_row(forward_row(row, in, 0, x.pixel, packed, out, y.pixel), p.channels);
                     }
                   });
+  }
+
+  // --- in NCHW, planes as they are, where that is worth it -------------------------------------------------------------
+
+  bool in_planes(const Map& x, const Map& y) const {
+    const Shape& s = shape;
+    const bool plain = s.kernel_h == 3 && s.kernel_w == 3 && s.stride_h == 1 && s.stride_w == 1 && s.dilation_h == 1 &&
+                       s.dilation_w == 1;
+    return kHasPlanes && std::is_same_v<T, float> && plain && x.pixel == 1 && y.pixel == 1;
+  }
+  template <int P>
+  void forward_in_planes(const Map& x, const Map& y) const {
+    if constexpr (kHasPlanes && std::is_same_v<T, float>) {
+      const int64_t planes = shape.c * shape.multiplier, groups = (planes + P - 1) / P;
+      const int64_t grain = std::max<int64_t>(1, 4096 / (shape.out_h * shape.out_w * P));
+      parallel_for(context, shape.n * groups, grain, [&](int64_t begin, int64_t end) {
+        for (int64_t i = begin; i < end; i++) {
+          const int64_t sample = i / groups;
+          Planes<P> group;
+          group.size(shape, activation);
+          for (int p = 0; p < P; p++) {
+            const int64_t plane = std::min(i % groups * P + p, planes - 1);  // an odd last one is computed twice
+            group.in[p] = static_cast<const T*>(x.data) + sample * x.batch + plane / shape.multiplier * x.channel;
+            group.out[p] = static_cast<T*>(y.data) + sample * y.batch + plane * y.channel;
+            group.weight[p] = weight + plane * taps;
+            group.bias[p] = bias ? bias[plane] : 0;
+          }
+          group.convolve();
+        }
+      });
+    }
   }
 
   // --- otherwise: groups of L channels, each in scratch memory, a band of rows at a time ------------------------------
@@ -398,6 +376,8 @@ struct Depthwise {
   void forward(const Map& x, const Map& y) const {
     if (in_place({x, y}))
       forward_in_place(x, y);
+    else if (in_planes(x, y))
+      shape.out_w <= L / 2 ? forward_in_planes<2>(x, y) : forward_in_planes<1>(x, y);
     else
       forward_gathered(x, y);
   }

@@ -32,6 +32,21 @@ __attribute__((noinline)) void activate_vectors(Vec<A>* v, Activation activation
   for (int t = 0; t < T; t++) v[t] = activate(v[t], activation);
 }
 
+// The frequent ones in registers.
+template <class V, int T>
+CONVBLOCKS_LOOP inline void activate_tile(V (&acc)[T], Activation activation) {
+  if (activation <= Activation::relu6) {
+    const Lane<V> high = activation == Activation::relu ? INFINITY : 6;
+    CONVBLOCKS_UNROLL
+    for (int t = 0; t < T; t++) acc[t] = clamp(acc[t], 0, high);
+  } else if (activation != Activation::none) {
+    V active[T];
+    for (int t = 0; t < T; t++) active[t] = acc[t];
+    activate_vectors<Lane<V>, T>(active, activation);
+    for (int t = 0; t < T; t++) acc[t] = active[t];
+  }
+}
+
 // T columns from t0 on. K is the number of taps, of step 1, in a window with stride STRIDE; 0 where they are anything.
 template <class S, class D, int K, int STRIDE, int T>
 void convolve_tile(const Row<S, D>& r, int64_t t0, int64_t channels) {
@@ -81,16 +96,7 @@ void convolve_tile(const Row<S, D>& r, int64_t t0, int64_t channels) {
         for (int t = 0; t < T; t++) acc[t] += line[t];
       }
     }
-    if (r.activation <= Activation::relu6) {
-      const A high = r.activation == Activation::relu ? INFINITY : 6;
-      CONVBLOCKS_UNROLL
-      for (int t = 0; t < T; t++) acc[t] = clamp(acc[t], 0, high);
-    } else if (r.activation != Activation::none) {
-      V active[T];
-      for (int t = 0; t < T; t++) active[t] = acc[t];
-      activate_vectors<A, T>(active, r.activation);
-      for (int t = 0; t < T; t++) acc[t] = active[t];
-    }
+    activate_tile(acc, r.activation);
     CONVBLOCKS_UNROLL
     for (int t = 0; t < T; t++) {
       if (t < count) store(out + t * r.out_pixel + channel, acc[t]);

@@ -56,7 +56,7 @@ def test_every_row_carries_what_it_was_and_what_it_cost(tmp_path: Path, capsys: 
         assert r.ours.min <= r.ours.q1 <= r.ours.median <= r.ours.q3
         assert r.ours.n >= 7
         assert r.copy_bytes == 2 * r.size[0] * r.size[1] * r.size[2] * r.size[3] * (4 if r.dtype == "float32" else 2)
-        assert r.least_bytes >= r.copy_bytes * (2 if r.mode == "fwd+bwd" else 1)
+        assert r.least_bytes >= r.copy_bytes // 2 * (3 if r.mode == "fwd+bwd" else 1)  # a stride leaves little to write
     assert {"torch", "python", "cpu", "threads", "date", "seed", "command", "git"} <= set(results.header)
     shown = capsys.readouterr().out
     assert "geometric means" in shown
@@ -240,7 +240,7 @@ def test_presets() -> None:
 
 def test_all_compute_on_the_same_values() -> None:
     """Ours, the peers in both layouts and the exact reference get one set of numbers and one gradient."""
-    case = plan([OP], [(2, 6, 5, 4)], [torch.bfloat16], ["fwd+bwd"], ("channels_last",), CPU)[0]
+    case = plan([OP], lambda info, options: [(2, 6, 5, 4)], [torch.bfloat16], ["fwd+bwd"], ("channels_last",), CPU)[0]
     sample = case.sample("channels_last", 3)
     for layout, format_ in (("contiguous", torch.contiguous_format), ("channels_last", torch.channels_last)):
         other = convert(sample, layout)
