@@ -166,37 +166,6 @@ struct Depthwise {
                   });
   }
 
-  // --- in NCHW, planes as they are, where that is worth it -------------------------------------------------------------
-
-  bool in_planes(const Map& x, const Map& y) const {
-    const Shape& s = shape;
-    const bool plain = s.kernel_h == 3 && s.kernel_w == 3 && s.stride_h == 1 && s.stride_w == 1 && s.dilation_h == 1 &&
-                       s.dilation_w == 1;
-    return kHasPlanes && std::is_same_v<T, float> && plain && x.pixel == 1 && y.pixel == 1;
-  }
-  template <int P>
-  void forward_in_planes(const Map& x, const Map& y) const {
-    if constexpr (kHasPlanes && std::is_same_v<T, float>) {
-      const int64_t planes = shape.c * shape.multiplier, groups = (planes + P - 1) / P;
-      const int64_t grain = std::max<int64_t>(1, 4096 / (shape.out_h * shape.out_w * P));
-      parallel_for(context, shape.n * groups, grain, [&](int64_t begin, int64_t end) {
-        for (int64_t i = begin; i < end; i++) {
-          const int64_t sample = i / groups;
-          Planes<P> group;
-          group.size(shape, activation);
-          for (int p = 0; p < P; p++) {
-            const int64_t plane = std::min(i % groups * P + p, planes - 1);  // an odd last one is computed twice
-            group.in[p] = static_cast<const T*>(x.data) + sample * x.batch + plane / shape.multiplier * x.channel;
-            group.out[p] = static_cast<T*>(y.data) + sample * y.batch + plane * y.channel;
-            group.weight[p] = weight + plane * taps;
-            group.bias[p] = bias ? bias[plane] : 0;
-          }
-          group.convolve();
-        }
-      });
-    }
-  }
-
   // --- otherwise: groups of L channels, each in scratch memory, a band of rows at a time ------------------------------
 
   int64_t groups() const { return (shape.c + L - 1) / L; }
@@ -376,8 +345,9 @@ struct Depthwise {
   void forward(const Map& x, const Map& y) const {
     if (in_place({x, y}))
       forward_in_place(x, y);
-    else if (in_planes(x, y))
-      shape.out_w <= L / 2 ? forward_in_planes<2>(x, y) : forward_in_planes<1>(x, y);
+    else if (std::is_same_v<T, float> && planes_fit(shape, x, y))
+      convolve_planes(context, shape, reinterpret_cast<const float*>(weight), reinterpret_cast<const float*>(bias),
+                      activation, x, y);
     else
       forward_gathered(x, y);
   }

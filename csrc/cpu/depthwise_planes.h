@@ -1,5 +1,5 @@
-// A 3x3 depthwise convolution of stride 1 with pixels in the lanes, for planes of float in NCHW: nothing is rearranged.
-// For processors whose vectors load and store under a mask.
+// A 3x3 depthwise convolution of stride 1 or 2 with pixels in the lanes, for planes of float in NCHW: nothing is
+// rearranged. For processors whose vectors load and store under a mask.
 #pragma once
 #include "../depthwise_conv2d.h"
 #include "depthwise_row.h"
@@ -7,7 +7,10 @@
 namespace convblocks::cpu {
 
 #if defined(__AVX512F__)
-inline constexpr bool kHasPlanes = true;
+inline bool planes_fit(const DepthwiseConv2dShape& s, const Map& x, const Map& y) {
+  return s.kernel_h == 3 && s.kernel_w == 3 && s.stride_h == s.stride_w && s.stride_h <= 2 && s.dilation_h == 1 &&
+         s.dilation_w == 1 && x.pixel == 1 && y.pixel == 1;
+}
 
 // P planes share a vector: where they are narrow, two.
 template <int P>
@@ -20,15 +23,11 @@ struct Planes {
   int64_t h, w, out_h, out_w, top, left;
   Activation activation;
 
-  void size(const DepthwiseConv2dShape& s, Activation a) {
-    h = s.h, w = s.w, out_h = s.out_h, out_w = s.out_w, top = s.top, left = s.left, activation = a;
-  }
-
-  // The lanes of each plane from `begin` to `end`.
-  static uint32_t lanes(int64_t begin, int64_t end) {
-    begin = std::clamp<int64_t>(begin, 0, kWidth);
-    end = std::clamp<int64_t>(end, begin, kWidth);
-    return ((1u << end) - 1) & ~((1u << begin) - 1);
+  // The lanes from `begin` to `end` of so many.
+  static uint32_t lanes(int64_t begin, int64_t end, int width) {
+    begin = std::clamp<int64_t>(begin, 0, width);
+    end = std::clamp<int64_t>(end, begin, width);
+    return static_cast<uint32_t>((uint64_t{1} << end) - (uint64_t{1} << begin));
   }
   template <class F>
   static VecF both(F f) {
@@ -49,6 +48,31 @@ struct Planes {
     }
   }
 
+  // Three taps of a row of the map, of each of which the window of column t meets column t * STRIDE + `column` + tap.
+  template <int STRIDE>
+  void taps(int64_t row, int64_t column, VecF (&x)[3]) const {
+    const auto inside = [&](int64_t first, int width) { return lanes(-first, w - first, width); };
+    const int64_t at = row * w + column;
+    if constexpr (STRIDE == 1) {
+      CONVBLOCKS_UNROLL
+      for (int j = 0; j < 3; j++) x[j] = load(at + j, inside(column + j, kWidth));
+    } else {
+      // Twice as many columns, of the other plane where there are two, from which every second one is taken.
+      const auto wide = [&](int64_t offset, uint32_t mask, int part) {
+        const float* from = P == 1 ? in[0] + part * 16 : in[part * (P - 1)];
+        return _mm512_maskz_loadu_ps(P == 1 ? mask >> part * 16 : mask, from + offset);
+      };
+      const __m512i evens = _mm512_setr_epi32(0, 2, 4, 6, 8, 10, 12, 14, 16, 18, 20, 22, 24, 26, 28, 30);
+      const __m512i odds = _mm512_add_epi32(evens, _mm512_set1_epi32(1));
+      const uint32_t mask = inside(column, 2 * kWidth), next = inside(column + 2, 2 * kWidth);
+      const __m512 a = wide(at, mask, 0), b = wide(at, mask, 1);
+      x[0] = (VecF)_mm512_permutex2var_ps(a, evens, b);
+      x[1] = (VecF)_mm512_permutex2var_ps(a, odds, b);
+      x[2] = (VecF)_mm512_permutex2var_ps(wide(at + 2, next, 0), evens, wide(at + 2, next, 1));
+    }
+  }
+
+  template <int STRIDE>
   void convolve() const {
     constexpr int kRows = 4;
     VecF tap[9];
@@ -56,24 +80,23 @@ struct Planes {
     for (int t = 0; t < 9; t++) tap[t] = both([&](int p) { return weight[p][t]; });
     const VecF start = both([&](int p) { return bias[p]; });
     for (int64_t column = 0; column < out_w; column += kWidth) {
-      uint32_t inside[3];
-      for (int j = 0; j < 3; j++) inside[j] = lanes(left - column - j, w + left - column - j);
-      const uint32_t written = lanes(0, out_w - column);
+      const uint32_t written = lanes(0, out_w - column, kWidth);
       for (int64_t row = 0; row < out_h; row += kRows) {
         VecF acc[kRows];
         CONVBLOCKS_UNROLL
         for (int r = 0; r < kRows; r++) acc[r] = start;
         CONVBLOCKS_UNROLL
-        for (int i = 0; i < kRows + 2; i++) {
-          const int64_t in_row = row - top + i;
+        for (int i = 0; i < (kRows - 1) * STRIDE + 3; i++) {
+          const int64_t in_row = row * STRIDE - top + i;
           if (static_cast<uint64_t>(in_row) >= static_cast<uint64_t>(h)) continue;
+          VecF x[3];
+          taps<STRIDE>(in_row, column * STRIDE - left, x);
           CONVBLOCKS_UNROLL
-          for (int j = 0; j < 3; j++) {
-            const VecF x = load(in_row * w + column - left + j, inside[j]);
+          for (int r = 0; r < kRows; r++) {
+            const int k = i - r * STRIDE;
+            if (k < 0 || k > 2) continue;
             CONVBLOCKS_UNROLL
-            for (int r = 0; r < kRows; r++) {
-              if (i >= r && i < r + 3) acc[r] += x * tap[(i - r) * 3 + j];
-            }
+            for (int j = 0; j < 3; j++) acc[r] += x[j] * tap[k * 3 + j];
           }
         }
         activate_tile(acc, activation);
@@ -85,8 +108,39 @@ struct Planes {
     }
   }
 };
+
+template <int P>
+void convolve_planes(const Context& context, const DepthwiseConv2dShape& s, const float* weight, const float* bias,
+                     Activation activation, const Map& x, const Map& y) {
+  const int64_t planes = s.c * s.multiplier, groups = (planes + P - 1) / P;
+  const int64_t grain = std::max<int64_t>(1, 4096 / (s.out_h * s.out_w * P));
+  parallel_for(context, s.n * groups, grain, [&](int64_t begin, int64_t end) {
+    Planes<P> group;
+    group.h = s.h, group.w = s.w, group.out_h = s.out_h, group.out_w = s.out_w, group.top = s.top, group.left = s.left;
+    group.activation = activation;
+    for (int64_t i = begin; i < end; i++) {
+      const int64_t sample = i / groups;
+      for (int p = 0; p < P; p++) {
+        const int64_t plane = std::min(i % groups * P + p, planes - 1);  // an odd last one is computed twice
+        group.in[p] = static_cast<const float*>(x.data) + sample * x.batch + plane / s.multiplier * x.channel;
+        group.out[p] = static_cast<float*>(y.data) + sample * y.batch + plane * y.channel;
+        group.weight[p] = weight + plane * 9;
+        group.bias[p] = bias ? bias[plane] : 0;
+      }
+      s.stride_w == 1 ? group.template convolve<1>() : group.template convolve<2>();
+    }
+  });
+}
+
+inline void convolve_planes(const Context& context, const DepthwiseConv2dShape& s, const float* weight,
+                            const float* bias, Activation activation, const Map& x, const Map& y) {
+  auto run = s.out_w <= Planes<2>::kWidth ? convolve_planes<2> : convolve_planes<1>;
+  run(context, s, weight, bias, activation, x, y);
+}
 #else
-inline constexpr bool kHasPlanes = false;
+inline bool planes_fit(const DepthwiseConv2dShape&, const Map&, const Map&) { return false; }
+inline void convolve_planes(const Context&, const DepthwiseConv2dShape&, const float*, const float*, Activation,
+                            const Map&, const Map&) {}
 #endif
 
 }  // namespace convblocks::cpu
