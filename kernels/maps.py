@@ -22,6 +22,7 @@ kernel = functools.partial(
     triton.jit,
     do_not_specialize=(
         *("N", "C", "HW", "K", "M", "x_batch", "x_stride", "g_batch", "g_stride", "blocks", "chunk", "count"),
+        *("H", "W", "OH", "OW", "c_blocks", "h_blocks", "w_blocks"),
     ),
 )
 
@@ -56,10 +57,11 @@ class Tile(NamedTuple):
 class Maps:
     """Maps of one shape, dtype and layout: the arguments that the kernels take, and the tiles they are cut into."""
 
-    def __init__(self, x: Tensor, *others: Tensor) -> None:
+    def __init__(self, x: Tensor, *others: Tensor, channels_last: bool | None = None) -> None:
+        """In the format of x, or in another one that a call's maps of other sizes have."""
         self.n, self.c, h, w = x.shape
         self.hw = h * w
-        self.channels_last = is_channels_last(x)
+        self.channels_last = is_channels_last(x) if channels_last is None else channels_last
         self.format = torch.channels_last if self.channels_last else torch.contiguous_format
         self.dtype, self.itemsize = x.dtype, x.element_size()
         self.accumulator = torch.float64 if x.dtype == torch.float64 else torch.float32

@@ -1,0 +1,494 @@
+"""Depthwise convolution: y[c * m + j] = act(x[c] * weight[c * m + j] + bias[c * m + j]), for j < m.
+
+A program has a tile of channels x pixels, the pixels of a block of samples, rows and columns. It loads x once for each
+tap, shifted; but for the first time from the cache. Taps outside the map are left out, as 0 * Inf is not 0.
+
+Backward, with the inner gradient g' = grad * act'(z): one launch reads x and grad once. A program computes g' for its
+tile, from that its share of the gradients of the weights (`_grad_weight` adds up the shares), and the gradient of x at
+the pixels that g' reaches: from the registers, so its tile has a margin of what its neighbours compute, too. Without an
+activation g' is grad, which is loaded again instead. If a margin is larger than any tile, `_forward` writes g' first.
+"""
+
+from __future__ import annotations
+
+import functools
+import itertools
+import math
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from convblocks.kernels.gate import activate, activate_backward
+from convblocks.kernels.maps import ENOUGH, SECTOR, Maps, aligned, kernel, load, power_of_2, store
+
+ELEMENTS = 4096  # of a tile
+MOST_ELEMENTS = 16384  # of one whose margin needs so many
+ROWS = tl.constexpr(32)
+
+
+def depthwise_conv2d(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    stride: Sequence[int],
+    padding: Sequence[int],
+    dilation: Sequence[int],
+    activation: str,
+) -> Tensor:
+    conv = _Convolution(x, weight, bias, stride, padding, dilation)
+    y = conv.empty()
+    if y.numel():
+        with torch.cuda.device_of(x):
+            conv.forward(None, y, activation)
+    return y
+
+
+def depthwise_conv2d_backward(
+    grad: Tensor,
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    stride: Sequence[int],
+    padding: Sequence[int],
+    dilation: Sequence[int],
+    activation: str,
+) -> tuple[Tensor, Tensor, Tensor]:
+    conv = _Convolution(x, weight, bias, stride, padding, dilation)
+    grad_x = conv.maps.output()
+    grad_weight = torch.empty_like(weight, memory_format=torch.contiguous_format)
+    grad_bias = None if bias is None else torch.empty_like(bias)
+    with torch.cuda.device_of(x):
+        blocks = conv.backward_blocks(activation)
+        if blocks is None:
+            inner = conv.empty()
+            conv.forward(grad, inner, activation)
+            grad, activation = inner, "none"
+            blocks = conv.backward_blocks(activation)
+        assert blocks is not None  # without a margin there is no limit
+        conv.backward(grad, grad_x, grad_weight, grad_bias, activation, blocks)
+    return grad_x, grad_weight, x.new_empty(0) if grad_bias is None else grad_bias
+
+
+class _Side(NamedTuple):
+    """One side of the maps."""
+
+    size: int
+    out: int
+    kernel: int
+    stride: int
+    dilation: int
+    padding: int
+
+    def windows(self, block: int, margin: bool, vector: int) -> tuple[int, int] | None:
+        """Of a backward program: it has ``block`` windows, from ``program * step + first`` on, of which ``step`` are
+        its own and the others in its margin; and the gradients of ``step * stride`` pixels. None: the margin is too
+        large."""
+        if not margin:
+            return 0, block
+        if block >= self.out:
+            return 0, max(block, -(-self.size // self.stride))
+        reach = (self.kernel - 1) * self.dilation - self.padding
+        first = min(0, -(reach // self.stride)) // vector * vector  # not above the first window that has pixel 0
+        last = (self.stride - 1 + self.padding) // self.stride  # windows past its own that have its last pixel
+        step = (block + first - last) // vector * vector
+        return (first, step) if step > 0 else None
+
+
+class _Blocks(NamedTuple):
+    """What a backward program has of a sample: of rows and of columns; how many there are of each."""
+
+    first: tuple[int, int]
+    step: tuple[int, int]
+    block: tuple[int, int]
+    pixels: tuple[int, int]
+    counts: tuple[int, int]
+
+
+@functools.lru_cache(maxsize=4096)
+def _backward_blocks(sides: tuple[_Side, _Side], margin: bool, channels: int, vector: int) -> _Blocks | None:
+    """Those with the least to load and to compute, for tiles of at least so many channels; None where none fits."""
+    best: tuple[tuple[int, int], _Blocks] | None = None
+    for block in itertools.product(*([1 << i for i in range(power_of_2(s.out).bit_length())] for s in sides)):
+        windows = [s.windows(b, margin, v) for s, b, v in zip(sides, block, (1, vector), strict=True)]
+        (rows, columns) = windows
+        if rows is None or columns is None:
+            continue
+        (first, step) = zip(rows, columns, strict=True)
+        pixels = [power_of_2(max(1, min(n * s.stride, s.size))) for n, s in zip(step, sides, strict=True)]
+        counts = [max(-(-s.out // n), -(-s.size // (n * s.stride))) for n, s in zip(step, sides, strict=True)]
+        loaded = [min(s.size, b * s.stride + (s.kernel - 1) * s.dilation) for b, s in zip(block, sides, strict=True)]
+        elements = max(math.prod(block), math.prod(pixels))
+        excess = max(0, elements * channels - ELEMENTS)
+        cost = (excess, math.prod(counts) * (elements + 4 * math.prod(loaded)))
+        if elements * channels <= MOST_ELEMENTS and (best is None or cost < best[0]):
+            best = cost, _Blocks(first, step, block, (pixels[0], pixels[1]), (counts[0], counts[1]))
+    return None if best is None else best[1]
+
+
+class _Tiling(NamedTuple):
+    grid: int
+    blocks: tuple[int, int, int]  # of channels, rows and columns
+    shares: int  # programs that have the same channels
+    constants: dict[str, Any]
+
+
+class _Convolution:
+    def __init__(
+        self,
+        x: Tensor,
+        weight: Tensor,
+        bias: Tensor | None,
+        stride: Sequence[int],
+        padding: Sequence[int],
+        dilation: Sequence[int],
+    ) -> None:
+        self.maps = Maps(x)
+        self.weight, self.bias = weight.contiguous(), None if bias is None else bias.contiguous()
+        self.channels, _, kh, kw = weight.shape
+        left, right, top, bottom = padding
+
+        def side(i: int, k: int, before: int, after: int) -> _Side:
+            size, reach = x.shape[2 + i], (k - 1) * dilation[i] + 1
+            return _Side(size, (size + before + after - reach) // stride[i] + 1, k, stride[i], dilation[i], before)
+
+        self.sides = side(0, kh, top, bottom), side(1, kw, left, right)
+        self.planes = not self.maps.channels_last
+        rows, columns = self.sides
+        self.vector = math.gcd(self.maps.vector, *((columns.size, columns.out) if self.planes else (self.channels,)))
+        self.sizes = (rows.size, columns.size, rows.out, columns.out)
+        self.constants = {
+            "MULTIPLIER": self.channels // self.maps.c,
+            "KH": kh,
+            "KW": kw,
+            "SH": rows.stride,
+            "SW": columns.stride,
+            "DH": rows.dilation,
+            "DW": columns.dilation,
+            "TOP": top,
+            "LEFT": left,
+            "CHANNELS_LAST": self.maps.channels_last,
+        }
+
+    def empty(self) -> Tensor:
+        x = self.maps.arguments[0]
+        size = (self.maps.n, self.channels, self.sides[0].out, self.sides[1].out)
+        return torch.empty(size, dtype=x.dtype, device=x.device, memory_format=self.maps.format)
+
+    def gradient(self, grad: Tensor) -> tuple[list[Any], int]:
+        """The arguments for it, and the vectors that all maps allow."""
+        maps = Maps(grad, channels_last=self.maps.channels_last)
+        return maps.arguments, math.gcd(self.vector, maps.vector)
+
+    @property
+    def narrow(self) -> int:
+        """The channels that share a sector."""
+        return 1 if self.planes else SECTOR // self.maps.itemsize
+
+    def tiling(self, channels: int, pixels: int, counts: tuple[int, int]) -> _Tiling:
+        """Samples and channels for so many pixels of each."""
+        h, w = counts
+        most = max(1, ELEMENTS // pixels)
+        block = 1 if self.planes else min(power_of_2(channels), max(self.narrow, most))
+        samples = min(power_of_2(self.maps.n), max(1, most // block), 8)  # first: their shares are one
+        if self.planes:
+            block = min(power_of_2(channels), max(1, most // samples))
+
+        def too_few() -> bool:
+            programs = triton.cdiv(self.maps.n, samples) * triton.cdiv(channels, block) * h * w
+            return samples * block * pixels > ELEMENTS // 2 and programs < ENOUGH
+
+        while samples > 1 and too_few():
+            samples //= 2
+        while block > self.narrow and too_few():
+            block //= 2
+        n, c = triton.cdiv(self.maps.n, samples), triton.cdiv(channels, block)
+        warps = max(1, min(16, samples * block * pixels // 512))
+        constants = {**self.constants, "BLOCK_N": samples, "BLOCK_C": block, "num_warps": warps}
+        return _Tiling(n * c * h * w, (c, h, w), n * h * w, constants)
+
+    def forward(self, grad: Tensor | None, y: Tensor, activation: str) -> None:
+        """With ``grad``, the inner gradient instead of the result."""
+        gradient, vector = ([None, 0, 0], self.vector) if grad is None else self.gradient(grad)
+        rows, columns = self.sides
+        most = ELEMENTS // min(power_of_2(self.channels), 4 * self.narrow if self.maps.channels_last else 1)
+        w = min(power_of_2(columns.out), 128 if self.planes else 16)
+        h = min(power_of_2(rows.out), most // w)
+        t = self.tiling(self.channels, h * w, (triton.cdiv(rows.out, h), triton.cdiv(columns.out, w)))
+        _forward[(t.grid,)](
+            *self.maps.arguments,
+            *gradient,
+            self.weight,
+            self.bias,
+            y,
+            self.maps.n,
+            self.channels,
+            *self.sizes,
+            *t.blocks,
+            ACTIVATION=activation,
+            VEC=vector,
+            BLOCK_H=h,
+            BLOCK_W=w,
+            **t.constants,
+        )
+
+    def backward_blocks(self, activation: str) -> _Blocks | None:
+        channels = min(power_of_2(self.maps.c), self.narrow)
+        return _backward_blocks(self.sides, activation != "none", channels, self.vector if self.planes else 1)
+
+    def backward(
+        self, grad: Tensor, grad_x: Tensor, grad_w: Tensor, grad_b: Tensor | None, activation: str, b: _Blocks
+    ) -> None:
+        gradient, vector = self.gradient(grad)
+        taps = self.sides[0].kernel * self.sides[1].kernel
+        t = self.tiling(self.maps.c, max(math.prod(b.block), math.prod(b.pixels)), b.counts)
+        shares = self.maps.sums(t.shares, taps + 1, self.channels)
+        if t.grid:
+            _backward[(t.grid,)](
+                *self.maps.arguments,
+                *gradient,
+                self.weight,
+                self.bias,
+                grad_x,
+                shares,
+                self.maps.n,
+                self.maps.c,
+                *self.sizes,
+                *t.blocks,
+                ACTIVATION=activation,
+                VEC=vector,
+                FIRST_H=b.first[0],
+                FIRST_W=b.first[1],
+                STEP_H=b.step[0],
+                STEP_W=b.step[1],
+                BLOCK_H=b.block[0],
+                BLOCK_W=b.block[1],
+                PIXELS_H=b.pixels[0],
+                PIXELS_W=b.pixels[1],
+                **t.constants,
+            )
+        block = min(64, power_of_2((taps + 1) * self.channels))
+        _grad_weight[(triton.cdiv((taps + 1) * self.channels, block),)](
+            shares, grad_w, grad_b, t.shares, self.channels, TAPS=taps, BLOCK=block
+        )
+
+
+@triton.jit
+def _split(
+    c_blocks, h_blocks, w_blocks, CHANNELS_LAST: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_C: tl.constexpr
+):  # fmt: skip
+    """A program's first sample, its channels (a column), its blocks of rows and of columns, and its number among those
+    that have the same channels. Neighbours in memory run at the same time."""
+    program = tl.program_id(0)
+    if CHANNELS_LAST:
+        c_block = program % c_blocks
+        share = program // c_blocks
+    else:
+        c_block = program // (h_blocks * w_blocks) % c_blocks
+        share = program // (h_blocks * w_blocks) // c_blocks * (h_blocks * w_blocks) + program % (h_blocks * w_blocks)
+    c = c_block * BLOCK_C + tl.arange(0, BLOCK_C)[:, None]
+    n = (share // (h_blocks * w_blocks)).to(tl.int64) * BLOCK_N
+    return n, c, share // w_blocks % h_blocks, share % w_blocks, share.to(tl.int64)
+
+
+@triton.jit
+def _pixels(BLOCK_N: tl.constexpr, BLOCK_H: tl.constexpr, BLOCK_W: tl.constexpr):
+    """Sample, row and column of the pixels of a block, as a row."""
+    p = tl.arange(0, BLOCK_N * BLOCK_H * BLOCK_W)[None, :]
+    return p // (BLOCK_H * BLOCK_W), p // BLOCK_W % BLOCK_H, p % BLOCK_W
+
+
+@triton.jit
+def _plane(n, c, batch, stride, VEC: tl.constexpr, CHANNELS_LAST: tl.constexpr):
+    """Where planes lie in a map."""
+    start = n * aligned(batch.to(tl.int64), VEC)
+    if CHANNELS_LAST:
+        return start + c
+    else:
+        return start + c * aligned(stride.to(tl.int64), VEC)
+
+
+@triton.jit
+def _rows(row, size):
+    return (row >= 0) & (row < size)
+
+
+@triton.jit
+def _columns(column, size, VEC: tl.constexpr, CHANNELS_LAST: tl.constexpr):
+    return (column >= 0) & (column < (size if CHANNELS_LAST else aligned(size, VEC)))
+
+
+@triton.jit
+def _pitches(W, stride, VEC: tl.constexpr, CHANNELS_LAST: tl.constexpr):
+    """How far apart the rows are, and the columns."""
+    if CHANNELS_LAST:
+        column = aligned(stride.to(tl.int64), VEC)
+        return W * column, column
+    else:
+        return aligned(W.to(tl.int64), VEC), 1
+
+
+@triton.jit
+def _convolve(
+    x, x_stride, row, column, mask, weight, bias, c, c_mask, H, W,
+    KH: tl.constexpr, KW: tl.constexpr, DH: tl.constexpr, DW: tl.constexpr, VEC: tl.constexpr,
+    CHANNELS_LAST: tl.constexpr,
+):  # fmt: skip
+    """The windows that start at these rows and columns, of planes at ``x``."""
+    z = tl.zeros(mask.shape, tl.float64 if x.dtype.element_ty == tl.float64 else tl.float32)
+    row_pitch, column_pitch = _pitches(W, x_stride, VEC, CHANNELS_LAST)
+    x += row * row_pitch + column * column_pitch
+    weight += c.to(tl.int64) * (KH * KW)
+    for kw in tl.static_range(KW):
+        column_mask = mask & _columns(column + kw * DW, W, VEC, CHANNELS_LAST)
+        for kh in range(KH):
+            in_mask = column_mask & _rows(row + kh * DH, H)
+            value = tl.load(x + (kh * DH * row_pitch + kw * DW * column_pitch), mask=in_mask, other=0.0).to(z.dtype)
+            w = tl.load(weight + (kh * KW + kw), mask=c_mask, other=0.0).to(z.dtype)
+            z += tl.where(in_mask, value * w, 0.0)
+    if bias is not None:
+        z += load(bias + c, c_mask)
+    return z
+
+
+@kernel
+def _forward(
+    x, x_batch, x_stride, g, g_batch, g_stride, weight, bias, y, N, C, H, W, OH, OW, c_blocks, h_blocks, w_blocks,
+    MULTIPLIER: tl.constexpr, KH: tl.constexpr, KW: tl.constexpr, SH: tl.constexpr, SW: tl.constexpr,
+    DH: tl.constexpr, DW: tl.constexpr, TOP: tl.constexpr, LEFT: tl.constexpr, ACTIVATION: tl.constexpr,
+    VEC: tl.constexpr, CHANNELS_LAST: tl.constexpr,
+    BLOCK_N: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK_H: tl.constexpr, BLOCK_W: tl.constexpr,
+):  # fmt: skip
+    """One program: a tile of the result, of its C channels; of the inner gradient if there is a gradient g."""
+    n, c, h_block, w_block, _ = _split(c_blocks, h_blocks, w_blocks, CHANNELS_LAST, BLOCK_N, BLOCK_C)
+    sample, row, column = _pixels(BLOCK_N, BLOCK_H, BLOCK_W)
+    n += sample
+    row += h_block * BLOCK_H
+    column += w_block * BLOCK_W
+    c_mask = c < (aligned(C, VEC) if CHANNELS_LAST else C)
+    mask = c_mask & (n < N)
+    planes = x + _plane(n, c // MULTIPLIER, x_batch, x_stride, VEC, CHANNELS_LAST)
+    result = _convolve(
+        planes, x_stride, row * SH - TOP, column * SW - LEFT, mask & (row < OH) & (column < OW), weight, bias, c,
+        c_mask, H, W, KH, KW, DH, DW, VEC, CHANNELS_LAST,
+    )  # fmt: skip
+    mask = mask & _rows(row, OH) & _columns(column, OW, VEC, CHANNELS_LAST)
+    if g is None:
+        result = activate(result, ACTIVATION)
+    else:
+        row_pitch, column_pitch = _pitches(OW, g_stride, VEC, CHANNELS_LAST)
+        g += _plane(n, c, g_batch, g_stride, VEC, CHANNELS_LAST) + row * row_pitch + column * column_pitch
+        result = activate_backward(load(g, mask), result, ACTIVATION)
+    stride = C if CHANNELS_LAST else OH * OW
+    row_pitch, column_pitch = _pitches(OW, stride, VEC, CHANNELS_LAST)
+    y += _plane(n, c, C.to(tl.int64) * OH * OW, stride, VEC, CHANNELS_LAST)
+    store(y + row * row_pitch + column * column_pitch, result, mask)
+
+
+@kernel
+def _backward(
+    x, x_batch, x_stride, g, g_batch, g_stride, weight, bias, grad_x, shares,
+    N, C, H, W, OH, OW, c_blocks, h_blocks, w_blocks,
+    MULTIPLIER: tl.constexpr, KH: tl.constexpr, KW: tl.constexpr, SH: tl.constexpr, SW: tl.constexpr,
+    DH: tl.constexpr, DW: tl.constexpr, TOP: tl.constexpr, LEFT: tl.constexpr, ACTIVATION: tl.constexpr,
+    VEC: tl.constexpr, CHANNELS_LAST: tl.constexpr,
+    FIRST_H: tl.constexpr, FIRST_W: tl.constexpr, STEP_H: tl.constexpr, STEP_W: tl.constexpr,
+    BLOCK_N: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK_H: tl.constexpr, BLOCK_W: tl.constexpr,
+    PIXELS_H: tl.constexpr, PIXELS_W: tl.constexpr,
+):  # fmt: skip
+    """One program: a tile of the inner gradient, with the margin, its share of the gradients of the weights, and the
+    gradient of the pixels of x, of C channels, that are its own."""
+    TAPS: tl.constexpr = KH * KW
+    n, c, h_block, w_block, share = _split(c_blocks, h_blocks, w_blocks, CHANNELS_LAST, BLOCK_N, BLOCK_C)
+    c_mask = c < (aligned(C, VEC) if CHANNELS_LAST else C)
+    sample, row, column = _pixels(BLOCK_N, BLOCK_H, BLOCK_W)
+    row += h_block * STEP_H + FIRST_H
+    column += w_block * STEP_W + FIRST_W
+    mask = c_mask & (n + sample < N) & _rows(row, OH) & _columns(column, OW, VEC, CHANNELS_LAST)
+    is_own = mask & (row >= h_block * STEP_H) & (row < (h_block + 1) * STEP_H)
+    is_own = is_own & (column >= w_block * STEP_W) & (column < (w_block + 1) * STEP_W)
+    in_row = row * SH - TOP
+    in_column = column * SW - LEFT
+
+    x_sample, x_row, x_column = _pixels(BLOCK_N, PIXELS_H, PIXELS_W)
+    x_mask = c_mask & (n + x_sample < N) & (x_row < STEP_H * SH) & (x_column < STEP_W * SW)
+    x_row += h_block * (STEP_H * SH)
+    x_column += w_block * (STEP_W * SW)
+    x_mask = x_mask & _rows(x_row, H) & _columns(x_column, W, VEC, CHANNELS_LAST)
+    gradient = tl.zeros(x_mask.shape, shares.dtype.element_ty)
+
+    row_pitch, column_pitch = _pitches(W, x_stride, VEC, CHANNELS_LAST)
+    g_row_pitch, g_column_pitch = _pitches(OW, g_stride, VEC, CHANNELS_LAST)
+    planes = x + _plane(n + sample, c, x_batch, x_stride, VEC, CHANNELS_LAST)
+    windows = planes + in_row * row_pitch + in_column * column_pitch
+    channels = C.to(tl.int64) * MULTIPLIER
+    shares += share * (TAPS + 1) * channels
+    for j in range(MULTIPLIER):
+        channel = c * MULTIPLIER + j
+        at = g + _plane(n + sample, channel, g_batch, g_stride, VEC, CHANNELS_LAST)
+        inner = load(at + row * g_row_pitch + column * g_column_pitch, mask)
+        if ACTIVATION != "none":
+            z = _convolve(
+                planes, x_stride, in_row, in_column, mask, weight, bias, channel, c_mask, H, W, KH, KW, DH, DW,
+                VEC, CHANNELS_LAST,
+            )  # fmt: skip
+            inner = activate_backward(inner, z, ACTIVATION)
+
+        for kw in tl.static_range(KW):
+            column_mask = is_own & _columns(in_column + kw * DW, W, VEC, CHANNELS_LAST)
+            for kh in range(KH):
+                in_mask = column_mask & _rows(in_row + kh * DH, H)
+                value = tl.load(windows + (kh * DH * row_pitch + kw * DW * column_pitch), mask=in_mask, other=0.0)
+                total = tl.sum(tl.where(in_mask, value.to(inner.dtype) * inner, 0.0), 1, keep_dims=True)
+                tl.store(shares + channel + (kh * KW + kw) * channels, total, mask=c_mask)
+        total = tl.sum(tl.where(is_own, inner, 0.0), 1, keep_dims=True)
+        tl.store(shares + channel + TAPS * channels, total, mask=c_mask)
+
+        at = g + _plane(n + x_sample, channel, g_batch, g_stride, VEC, CHANNELS_LAST)
+        filters = weight + channel.to(tl.int64) * TAPS
+        for kw in tl.static_range(KW):
+            from_column = x_column + (LEFT - kw * DW)
+            column_mask = x_mask
+            if SW > 1:
+                column_mask = column_mask & (from_column % SW == 0)
+                from_column = from_column // SW
+            column_mask = column_mask & _columns(from_column, OW, VEC, CHANNELS_LAST)
+            for kh in range(KH):
+                from_row = x_row + (TOP - kh * DH)
+                met = column_mask
+                if SH > 1:
+                    met = met & (from_row % SH == 0)
+                    from_row = from_row // SH
+                met = met & _rows(from_row, OH)
+                if ACTIVATION == "none":
+                    value = load(at + from_row * g_row_pitch + from_column * g_column_pitch, met)
+                else:
+                    lane = (x_sample * BLOCK_H + from_row - h_block * STEP_H - FIRST_H) * BLOCK_W
+                    lane += from_column - w_block * STEP_W - FIRST_W
+                    value = tl.gather(inner, tl.where(met, lane, 0), 1)
+                w = tl.load(filters + (kh * KW + kw), mask=c_mask, other=0.0).to(value.dtype)
+                gradient += tl.where(met, value * w, 0.0)
+
+    stride = C if CHANNELS_LAST else H * W
+    row_pitch, column_pitch = _pitches(W, stride, VEC, CHANNELS_LAST)
+    grad_x += _plane(n + x_sample, c, C.to(tl.int64) * H * W, stride, VEC, CHANNELS_LAST)
+    store(grad_x + x_row * row_pitch + x_column * column_pitch, gradient, x_mask)
+
+
+@kernel
+def _grad_weight(shares, grad_weight, grad_bias, count, C, TAPS: tl.constexpr, BLOCK: tl.constexpr):
+    """One program: adds up all shares of a block of taps x channels, of which the last tap is the bias."""
+    i = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)[None, :]
+    size = (TAPS + 1) * C
+    total = tl.zeros((ROWS, BLOCK), shares.dtype.element_ty)
+    for first in range(0, count, ROWS):
+        share = first + tl.arange(0, ROWS)[:, None]
+        total += load(shares + share.to(tl.int64) * size + i, (share < count) & (i < size))
+    result = tl.sum(total, 0, keep_dims=True)
+    tap = i // C
+    store(grad_weight + (i % C).to(tl.int64) * TAPS + tap, result, tap < TAPS)
+    if grad_bias is not None:
+        store(grad_bias + i % C, result, tap == TAPS)
