@@ -334,19 +334,20 @@ def _pitches(W, stride, VEC: tl.constexpr, CHANNELS_LAST: tl.constexpr):
 @triton.jit
 def _convolve(
     x, x_stride, row, column, mask, weight, bias, c, c_mask, H, W,
-    KH: tl.constexpr, KW: tl.constexpr, DH: tl.constexpr, DW: tl.constexpr, VEC: tl.constexpr,
-    CHANNELS_LAST: tl.constexpr,
+    KH: tl.constexpr, KW: tl.constexpr, DH: tl.constexpr, DW: tl.constexpr, TOP: tl.constexpr, LEFT: tl.constexpr,
+    VEC: tl.constexpr, CHANNELS_LAST: tl.constexpr,
 ):  # fmt: skip
-    """The windows that start at these rows and columns, of planes at ``x``."""
+    """The windows that start at these rows and columns of the padded planes at ``x``."""
     z = tl.zeros(mask.shape, tl.float64 if x.dtype.element_ty == tl.float64 else tl.float32)
     row_pitch, column_pitch = _pitches(W, x_stride, VEC, CHANNELS_LAST)
     x += row * row_pitch + column * column_pitch
     weight += c.to(tl.int64) * (KH * KW)
     for kw in tl.static_range(KW):
-        column_mask = mask & _columns(column + kw * DW, W, VEC, CHANNELS_LAST)
+        at = x + (kw * DW - LEFT) * column_pitch
+        column_mask = mask & _columns(column + (kw * DW - LEFT), W, VEC, CHANNELS_LAST)
         for kh in range(KH):
-            in_mask = column_mask & _rows(row + kh * DH, H)
-            value = tl.load(x + (kh * DH * row_pitch + kw * DW * column_pitch), mask=in_mask, other=0.0).to(z.dtype)
+            in_mask = column_mask & _rows(row + (kh * DH - TOP), H)
+            value = tl.load(at + (kh * DH - TOP) * row_pitch, mask=in_mask, other=0.0).to(z.dtype)
             w = tl.load(weight + (kh * KW + kw), mask=c_mask, other=0.0).to(z.dtype)
             z += tl.where(in_mask, value * w, 0.0)
     if bias is not None:
@@ -371,11 +372,11 @@ def _forward(
     c_mask = c < (aligned(C, VEC) if CHANNELS_LAST else C)
     mask = c_mask & (n < N)
     planes = x + _plane(n, c // MULTIPLIER, x_batch, x_stride, VEC, CHANNELS_LAST)
-    result = _convolve(
-        planes, x_stride, row * SH - TOP, column * SW - LEFT, mask & (row < OH) & (column < OW), weight, bias, c,
-        c_mask, H, W, KH, KW, DH, DW, VEC, CHANNELS_LAST,
-    )  # fmt: skip
     mask = mask & _rows(row, OH) & _columns(column, OW, VEC, CHANNELS_LAST)
+    result = _convolve(
+        planes, x_stride, row * SH, column * SW, mask, weight, bias, c, c_mask, H, W,
+        KH, KW, DH, DW, TOP, LEFT, VEC, CHANNELS_LAST,
+    )  # fmt: skip
     if g is None:
         result = activate(result, ACTIVATION)
     else:
@@ -410,8 +411,6 @@ def _backward(
     mask = c_mask & (n + sample < N) & _rows(row, OH) & _columns(column, OW, VEC, CHANNELS_LAST)
     is_own = mask & (row >= h_block * STEP_H) & (row < (h_block + 1) * STEP_H)
     is_own = is_own & (column >= w_block * STEP_W) & (column < (w_block + 1) * STEP_W)
-    in_row = row * SH - TOP
-    in_column = column * SW - LEFT
 
     x_sample, x_row, x_column = _pixels(BLOCK_N, PIXELS_H, PIXELS_W)
     x_mask = c_mask & (n + x_sample < N) & (x_row < STEP_H * SH) & (x_column < STEP_W * SW)
@@ -423,7 +422,7 @@ def _backward(
     row_pitch, column_pitch = _pitches(W, x_stride, VEC, CHANNELS_LAST)
     g_row_pitch, g_column_pitch = _pitches(OW, g_stride, VEC, CHANNELS_LAST)
     planes = x + _plane(n + sample, c, x_batch, x_stride, VEC, CHANNELS_LAST)
-    windows = planes + in_row * row_pitch + in_column * column_pitch
+    windows = planes + row * SH * row_pitch + column * SW * column_pitch
     channels = C.to(tl.int64) * MULTIPLIER
     shares += share * (TAPS + 1) * channels
     for j in range(MULTIPLIER):
@@ -432,20 +431,22 @@ def _backward(
         inner = load(at + row * g_row_pitch + column * g_column_pitch, mask)
         if ACTIVATION != "none":
             z = _convolve(
-                planes, x_stride, in_row, in_column, mask, weight, bias, channel, c_mask, H, W, KH, KW, DH, DW,
-                VEC, CHANNELS_LAST,
+                planes, x_stride, row * SH, column * SW, mask, weight, bias, channel, c_mask, H, W,
+                KH, KW, DH, DW, TOP, LEFT, VEC, CHANNELS_LAST,
             )  # fmt: skip
             inner = activate_backward(inner, z, ACTIVATION)
 
+        own = tl.where(is_own, inner, 0.0)
+        to = shares + channel
         for kw in tl.static_range(KW):
-            column_mask = is_own & _columns(in_column + kw * DW, W, VEC, CHANNELS_LAST)
+            at = windows + (kw * DW - LEFT) * column_pitch
+            column_mask = is_own & _columns(column * SW + (kw * DW - LEFT), W, VEC, CHANNELS_LAST)
             for kh in range(KH):
-                in_mask = column_mask & _rows(in_row + kh * DH, H)
-                value = tl.load(windows + (kh * DH * row_pitch + kw * DW * column_pitch), mask=in_mask, other=0.0)
-                total = tl.sum(tl.where(in_mask, value.to(inner.dtype) * inner, 0.0), 1, keep_dims=True)
-                tl.store(shares + channel + (kh * KW + kw) * channels, total, mask=c_mask)
-        total = tl.sum(tl.where(is_own, inner, 0.0), 1, keep_dims=True)
-        tl.store(shares + channel + TAPS * channels, total, mask=c_mask)
+                in_mask = column_mask & _rows(row * SH + (kh * DH - TOP), H)
+                value = tl.load(at + (kh * DH - TOP) * row_pitch, mask=in_mask, other=0.0)
+                # Taps in the padding multiply by zero: NaN stays NaN, as in torch.
+                tl.store(to + (kh * KW + kw) * channels, tl.sum(value.to(own.dtype) * own, 1, keep_dims=True), c_mask)
+        tl.store(to + TAPS * channels, tl.sum(own, 1, keep_dims=True), mask=c_mask)
 
         at = g + _plane(n + x_sample, channel, g_batch, g_stride, VEC, CHANNELS_LAST)
         filters = weight + channel.to(tl.int64) * TAPS

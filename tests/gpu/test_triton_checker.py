@@ -112,7 +112,7 @@ def test_clean_kernels() -> None:
 def test_what_a_program_loads_again_is_cached_within_limits() -> None:
     """In 16 KiB, from where what was loaded longest ago goes first; a store is a store each time."""
     for kilobytes, fetched in ((8, 8), (16, 16), (17, 34)):
-        x, y = torch.randn(2, kilobytes * 256)
+        x, y = torch.randn(kilobytes * 256), torch.zeros(kilobytes * 256)
         with triton_checker.watch(x) as traffic:
             walk_twice[(1,)](x, y, len(x), block=256)
         assert traffic.loaded == traffic.stored == 32 * traffic.stored_sectors == 2 * 1024 * kilobytes
