@@ -188,7 +188,7 @@ class _Convolution:
         """The channels that share a sector."""
         return 1 if self.planes else SECTOR // self.maps.itemsize
 
-    def tiling(self, channels: int, pixels: int, counts: tuple[int, int]) -> _Tiling:
+    def tiling(self, channels: int, pixels: int, counts: tuple[int, int], a_thread: int = 16) -> _Tiling:
         """Samples and channels for so many pixels of each."""
         h, w = counts
         most = max(1, ELEMENTS // pixels)
@@ -206,7 +206,7 @@ class _Convolution:
         while block > self.narrow and too_few():
             block //= 2
         n, c = triton.cdiv(self.maps.n, samples), triton.cdiv(channels, block)
-        warps = max(1, min(16, samples * block * pixels // 512))
+        warps = max(1, min(16, samples * block * pixels // (32 * a_thread)))
         constants = {**self.constants, "BLOCK_N": samples, "BLOCK_C": block, "num_warps": warps}
         return _Tiling(n * c * h * w, (c, h, w), n * h * w, constants)
 
@@ -244,7 +244,7 @@ class _Convolution:
     ) -> None:
         gradient, vector = self.gradient(grad)
         taps = self.sides[0].kernel * self.sides[1].kernel
-        t = self.tiling(self.maps.c, max(math.prod(b.block), math.prod(b.pixels)), b.counts)
+        t = self.tiling(self.maps.c, max(math.prod(b.block), math.prod(b.pixels)), b.counts, a_thread=8)
         shares = self.maps.sums(t.shares, taps + 1, self.channels)
         if t.grid:
             _backward[(t.grid,)](
@@ -389,6 +389,17 @@ def _forward(
     store(y + row * row_pitch + column * column_pitch, result, mask)
 
 
+@triton.jit
+def _sources(
+    block, tap, PIXELS: tl.constexpr, STEP: tl.constexpr, FIRST: tl.constexpr, BLOCK: tl.constexpr,
+    STRIDE: tl.constexpr, DILATION: tl.constexpr, PADDING: tl.constexpr,
+):  # fmt: skip
+    """Along one side: the windows of a block in which its pixels are met by a tap; some window where there is none."""
+    window = (tl.arange(0, PIXELS) + block * (STEP * STRIDE) + (PADDING - tap * DILATION)) // STRIDE
+    window -= block * STEP + FIRST
+    return tl.where((window >= 0) & (window < BLOCK), window, 0)
+
+
 @kernel
 def _backward(
     x, x_batch, x_stride, g, g_batch, g_stride, weight, bias, grad_x, shares,
@@ -457,6 +468,11 @@ def _backward(
                 column_mask = column_mask & (from_column % SW == 0)
                 from_column = from_column // SW
             column_mask = column_mask & _columns(from_column, OW, VEC, CHANNELS_LAST)
+            if ACTIVATION != "none":
+                lane = _sources(w_block, kw, PIXELS_W, STEP_W, FIRST_W, BLOCK_W, SW, DW, LEFT)
+                lane = tl.broadcast_to(lane[None, :], (BLOCK_C * BLOCK_N * BLOCK_H, PIXELS_W))
+                across = tl.gather(tl.reshape(inner, (BLOCK_C * BLOCK_N * BLOCK_H, BLOCK_W)), lane, 1)
+                across = tl.reshape(across, (BLOCK_C * BLOCK_N, BLOCK_H, PIXELS_W))
             for kh in range(KH):
                 from_row = x_row + (TOP - kh * DH)
                 met = column_mask
@@ -467,9 +483,9 @@ def _backward(
                 if ACTIVATION == "none":
                     value = load(at + from_row * g_row_pitch + from_column * g_column_pitch, met)
                 else:
-                    lane = (x_sample * BLOCK_H + from_row - h_block * STEP_H - FIRST_H) * BLOCK_W
-                    lane += from_column - w_block * STEP_W - FIRST_W
-                    value = tl.gather(inner, tl.where(met, lane, 0), 1)
+                    down = _sources(h_block, kh, PIXELS_H, STEP_H, FIRST_H, BLOCK_H, SH, DH, TOP)
+                    down = tl.broadcast_to(down[None, :, None], (BLOCK_C * BLOCK_N, PIXELS_H, PIXELS_W))
+                    value = tl.reshape(tl.gather(across, down, 1), met.shape)
                 w = tl.load(filters + (kh * KW + kw), mask=c_mask, other=0.0).to(value.dtype)
                 gradient += tl.where(met, value * w, 0.0)
 
