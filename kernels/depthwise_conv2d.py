@@ -25,7 +25,8 @@ from torch import Tensor
 from convblocks.kernels.gate import activate, activate_backward
 from convblocks.kernels.maps import ENOUGH, SECTOR, Maps, aligned, kernel, load, power_of_2, store
 
-ELEMENTS = 4096  # of a tile
+FORWARD_ELEMENTS, BACKWARD_ELEMENTS = 4096, 2048  # of a tile
+LEAST_ELEMENTS = 2048  # of one that is smaller to keep a GPU busy
 MOST_ELEMENTS = 16384  # of one whose margin needs so many
 ROWS = tl.constexpr(32)
 
@@ -122,7 +123,7 @@ def _backward_blocks(sides: tuple[_Side, _Side], margin: bool, channels: int, ve
         counts = [max(-(-s.out // n), -(-s.size // (n * s.stride))) for n, s in zip(step, sides, strict=True)]
         loaded = [min(s.size, b * s.stride + (s.kernel - 1) * s.dilation) for b, s in zip(block, sides, strict=True)]
         elements = max(math.prod(block), math.prod(pixels))
-        excess = max(0, elements * channels - ELEMENTS)
+        excess = max(0, elements * channels - BACKWARD_ELEMENTS)
         cost = (excess, math.prod(counts) * (elements + 4 * math.prod(loaded)))
         if elements * channels <= MOST_ELEMENTS and (best is None or cost < best[0]):
             best = cost, _Blocks(first, step, block, (pixels[0], pixels[1]), (counts[0], counts[1]))
@@ -188,10 +189,10 @@ class _Convolution:
         """The channels that share a sector."""
         return 1 if self.planes else SECTOR // self.maps.itemsize
 
-    def tiling(self, channels: int, pixels: int, counts: tuple[int, int], a_thread: int = 16) -> _Tiling:
+    def tiling(self, channels: int, pixels: int, counts: tuple[int, int], elements: int) -> _Tiling:
         """Samples and channels for so many pixels of each."""
         h, w = counts
-        most = max(1, ELEMENTS // pixels)
+        most = max(1, elements // pixels)
         block = 1 if self.planes else min(power_of_2(channels), max(self.narrow, most))
         samples = min(power_of_2(self.maps.n), max(1, most // block), 8)  # first: their shares are one
         if self.planes:
@@ -199,14 +200,14 @@ class _Convolution:
 
         def too_few() -> bool:
             programs = triton.cdiv(self.maps.n, samples) * triton.cdiv(channels, block) * h * w
-            return samples * block * pixels > ELEMENTS // 2 and programs < ENOUGH
+            return samples * block * pixels > LEAST_ELEMENTS and programs < ENOUGH
 
         while samples > 1 and too_few():
             samples //= 2
         while block > self.narrow and too_few():
             block //= 2
         n, c = triton.cdiv(self.maps.n, samples), triton.cdiv(channels, block)
-        warps = max(1, min(16, samples * block * pixels // (32 * a_thread)))
+        warps = max(1, min(16, samples * block * pixels // 256))
         constants = {**self.constants, "BLOCK_N": samples, "BLOCK_C": block, "num_warps": warps}
         return _Tiling(n * c * h * w, (c, h, w), n * h * w, constants)
 
@@ -214,10 +215,11 @@ class _Convolution:
         """With ``grad``, the inner gradient instead of the result."""
         gradient, vector = ([None, 0, 0], self.vector) if grad is None else self.gradient(grad)
         rows, columns = self.sides
-        most = ELEMENTS // min(power_of_2(self.channels), 4 * self.narrow if self.maps.channels_last else 1)
+        most = FORWARD_ELEMENTS // min(power_of_2(self.channels), 4 * self.narrow if self.maps.channels_last else 1)
         w = min(power_of_2(columns.out), 128 if self.planes else 16)
         h = min(power_of_2(rows.out), most // w)
-        t = self.tiling(self.channels, h * w, (triton.cdiv(rows.out, h), triton.cdiv(columns.out, w)))
+        counts = triton.cdiv(rows.out, h), triton.cdiv(columns.out, w)
+        t = self.tiling(self.channels, h * w, counts, FORWARD_ELEMENTS)
         _forward[(t.grid,)](
             *self.maps.arguments,
             *gradient,
@@ -244,7 +246,7 @@ class _Convolution:
     ) -> None:
         gradient, vector = self.gradient(grad)
         taps = self.sides[0].kernel * self.sides[1].kernel
-        t = self.tiling(self.maps.c, max(math.prod(b.block), math.prod(b.pixels)), b.counts, a_thread=8)
+        t = self.tiling(self.maps.c, max(math.prod(b.block), math.prod(b.pixels)), b.counts, BACKWARD_ELEMENTS)
         shares = self.maps.sums(t.shares, taps + 1, self.channels)
         if t.grid:
             _backward[(t.grid,)](
