@@ -11,23 +11,18 @@ activation g' is grad, which is loaded again instead. If a margin is larger than
 
 from __future__ import annotations
 
-import functools
-import itertools
-import math
 from collections.abc import Sequence
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
+from convblocks.kernels.depthwise_tiles import Convolution
 from convblocks.kernels.gate import activate, activate_backward
-from convblocks.kernels.maps import ENOUGH, SECTOR, Maps, aligned, kernel, load, power_of_2, store
+from convblocks.kernels.maps import aligned, kernel, load, power_of_2, store
 
-FORWARD_ELEMENTS, BACKWARD_ELEMENTS = 4096, 2048  # of a tile
-LEAST_ELEMENTS = 2048  # of one that is smaller to keep a GPU busy
-MOST_ELEMENTS = 16384  # of one whose margin needs so many
 ROWS = tl.constexpr(32)
 
 
@@ -40,12 +35,9 @@ def depthwise_conv2d(
     dilation: Sequence[int],
     activation: str,
 ) -> Tensor:
-    conv = _Convolution(x, weight, bias, stride, padding, dilation)
-    y = conv.empty()
-    if y.numel():
-        with torch.cuda.device_of(x):
-            conv.forward(None, y, activation)
-    return y
+    conv = Convolution(x, weight, bias, stride, padding, dilation)
+    with torch.cuda.device_of(x):
+        return _run_forward(conv, None, activation)
 
 
 def depthwise_conv2d_backward(
@@ -58,224 +50,59 @@ def depthwise_conv2d_backward(
     dilation: Sequence[int],
     activation: str,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    conv = _Convolution(x, weight, bias, stride, padding, dilation)
+    conv = Convolution(x, weight, bias, stride, padding, dilation)
     grad_x = conv.maps.output()
     grad_weight = torch.empty_like(weight, memory_format=torch.contiguous_format)
     grad_bias = None if bias is None else torch.empty_like(bias)
     with torch.cuda.device_of(x):
-        blocks = conv.backward_blocks(activation)
-        if blocks is None:
-            inner = conv.empty()
-            conv.forward(grad, inner, activation)
-            grad, activation = inner, "none"
-            blocks = conv.backward_blocks(activation)
-        assert blocks is not None  # without a margin there is no limit
-        conv.backward(grad, grad_x, grad_weight, grad_bias, activation, blocks)
-    return grad_x, grad_weight, x.new_empty(0) if grad_bias is None else grad_bias
-
-
-class _Side(NamedTuple):
-    """One side of the maps."""
-
-    size: int
-    out: int
-    kernel: int
-    stride: int
-    dilation: int
-    padding: int
-
-    def windows(self, block: int, margin: bool, vector: int) -> tuple[int, int] | None:
-        """Of a backward program: it has ``block`` windows, from ``program * step + first`` on, of which ``step`` are
-        its own and the others in its margin; and the gradients of ``step * stride`` pixels. None: the margin is too
-        large."""
-        if not margin:
-            return 0, block
-        if block >= self.out:
-            return 0, max(block, -(-self.size // self.stride))
-        reach = (self.kernel - 1) * self.dilation - self.padding
-        first = min(0, -(reach // self.stride)) // vector * vector  # not above the first window that has pixel 0
-        last = (self.stride - 1 + self.padding) // self.stride  # windows past its own that have its last pixel
-        step = (block + first - last) // vector * vector
-        return (first, step) if step > 0 else None
-
-
-class _Blocks(NamedTuple):
-    """What a backward program has of a sample: of rows and of columns; how many there are of each."""
-
-    first: tuple[int, int]
-    step: tuple[int, int]
-    block: tuple[int, int]
-    pixels: tuple[int, int]
-    counts: tuple[int, int]
-
-
-@functools.lru_cache(maxsize=4096)
-def _backward_blocks(sides: tuple[_Side, _Side], margin: bool, channels: int, vector: int) -> _Blocks | None:
-    """Those with the least to load and to compute, for tiles of at least so many channels; None where none fits."""
-    best: tuple[tuple[int, int], _Blocks] | None = None
-    for block in itertools.product(*([1 << i for i in range(power_of_2(s.out).bit_length())] for s in sides)):
-        windows = [s.windows(b, margin, v) for s, b, v in zip(sides, block, (1, vector), strict=True)]
-        (rows, columns) = windows
-        if rows is None or columns is None:
-            continue
-        (first, step) = zip(rows, columns, strict=True)
-        pixels = [power_of_2(max(1, min(n * s.stride, s.size))) for n, s in zip(step, sides, strict=True)]
-        counts = [max(-(-s.out // n), -(-s.size // (n * s.stride))) for n, s in zip(step, sides, strict=True)]
-        loaded = [min(s.size, b * s.stride + (s.kernel - 1) * s.dilation) for b, s in zip(block, sides, strict=True)]
-        elements = max(math.prod(block), math.prod(pixels))
-        excess = max(0, elements * channels - BACKWARD_ELEMENTS)
-        cost = (excess, math.prod(counts) * (elements + 4 * math.prod(loaded)))
-        if elements * channels <= MOST_ELEMENTS and (best is None or cost < best[0]):
-            best = cost, _Blocks(first, step, block, (pixels[0], pixels[1]), (counts[0], counts[1]))
-    return None if best is None else best[1]
-
-
-class _Tiling(NamedTuple):
-    grid: int
-    blocks: tuple[int, int, int]  # of channels, rows and columns
-    shares: int  # programs that have the same channels
-    constants: dict[str, Any]
-
-
-class _Convolution:
-    def __init__(
-        self,
-        x: Tensor,
-        weight: Tensor,
-        bias: Tensor | None,
-        stride: Sequence[int],
-        padding: Sequence[int],
-        dilation: Sequence[int],
-    ) -> None:
-        self.maps = Maps(x)
-        self.weight, self.bias = weight.contiguous(), None if bias is None else bias.contiguous()
-        self.channels, _, kh, kw = weight.shape
-        left, right, top, bottom = padding
-
-        def side(i: int, k: int, before: int, after: int) -> _Side:
-            size, reach = x.shape[2 + i], (k - 1) * dilation[i] + 1
-            return _Side(size, (size + before + after - reach) // stride[i] + 1, k, stride[i], dilation[i], before)
-
-        self.sides = side(0, kh, top, bottom), side(1, kw, left, right)
-        self.planes = not self.maps.channels_last
-        rows, columns = self.sides
-        self.vector = math.gcd(self.maps.vector, *((columns.size, columns.out) if self.planes else (self.channels,)))
-        self.sizes = (rows.size, columns.size, rows.out, columns.out)
-        self.constants = {
-            "MULTIPLIER": self.channels // self.maps.c,
-            "KH": kh,
-            "KW": kw,
-            "SH": rows.stride,
-            "SW": columns.stride,
-            "DH": rows.dilation,
-            "DW": columns.dilation,
-            "TOP": top,
-            "LEFT": left,
-            "CHANNELS_LAST": self.maps.channels_last,
-        }
-
-    def empty(self) -> Tensor:
-        x = self.maps.arguments[0]
-        size = (self.maps.n, self.channels, self.sides[0].out, self.sides[1].out)
-        return torch.empty(size, dtype=x.dtype, device=x.device, memory_format=self.maps.format)
-
-    def gradient(self, grad: Tensor) -> tuple[list[Any], int]:
-        """The arguments for it, and the vectors that all maps allow."""
-        maps = Maps(grad, channels_last=self.maps.channels_last)
-        return maps.arguments, math.gcd(self.vector, maps.vector)
-
-    @property
-    def narrow(self) -> int:
-        """The channels that share a sector."""
-        return 1 if self.planes else SECTOR // self.maps.itemsize
-
-    def tiling(self, channels: int, pixels: int, counts: tuple[int, int], elements: int) -> _Tiling:
-        """Samples and channels for so many pixels of each."""
-        h, w = counts
-        most = max(1, elements // pixels)
-        block = 1 if self.planes else min(power_of_2(channels), max(self.narrow, most))
-        samples = min(power_of_2(self.maps.n), max(1, most // block), 8)  # first: their shares are one
-        if self.planes:
-            block = min(power_of_2(channels), max(1, most // samples))
-
-        def too_few() -> bool:
-            programs = triton.cdiv(self.maps.n, samples) * triton.cdiv(channels, block) * h * w
-            return samples * block * pixels > LEAST_ELEMENTS and programs < ENOUGH
-
-        while samples > 1 and too_few():
-            samples //= 2
-        while block > self.narrow and too_few():
-            block //= 2
-        n, c = triton.cdiv(self.maps.n, samples), triton.cdiv(channels, block)
-        warps = max(1, min(16, samples * block * pixels // 256))
-        constants = {**self.constants, "BLOCK_N": samples, "BLOCK_C": block, "num_warps": warps}
-        return _Tiling(n * c * h * w, (c, h, w), n * h * w, constants)
-
-    def forward(self, grad: Tensor | None, y: Tensor, activation: str) -> None:
-        """With ``grad``, the inner gradient instead of the result."""
-        gradient, vector = ([None, 0, 0], self.vector) if grad is None else self.gradient(grad)
-        rows, columns = self.sides
-        most = FORWARD_ELEMENTS // min(power_of_2(self.channels), 4 * self.narrow if self.maps.channels_last else 1)
-        w = min(power_of_2(columns.out), 128 if self.planes else 16)
-        h = min(power_of_2(rows.out), most // w)
-        counts = triton.cdiv(rows.out, h), triton.cdiv(columns.out, w)
-        t = self.tiling(self.channels, h * w, counts, FORWARD_ELEMENTS)
-        _forward[(t.grid,)](
-            *self.maps.arguments,
-            *gradient,
-            self.weight,
-            self.bias,
-            y,
-            self.maps.n,
-            self.channels,
-            *self.sizes,
-            *t.blocks,
-            ACTIVATION=activation,
-            VEC=vector,
-            BLOCK_H=h,
-            BLOCK_W=w,
-            **t.constants,
-        )
-
-    def backward_blocks(self, activation: str) -> _Blocks | None:
-        channels = min(power_of_2(self.maps.c), self.narrow)
-        return _backward_blocks(self.sides, activation != "none", channels, self.vector if self.planes else 1)
-
-    def backward(
-        self, grad: Tensor, grad_x: Tensor, grad_w: Tensor, grad_b: Tensor | None, activation: str, b: _Blocks
-    ) -> None:
-        gradient, vector = self.gradient(grad)
-        taps = self.sides[0].kernel * self.sides[1].kernel
-        t = self.tiling(self.maps.c, max(math.prod(b.block), math.prod(b.pixels)), b.counts, BACKWARD_ELEMENTS)
-        shares = self.maps.sums(t.shares, taps + 1, self.channels)
+        t = conv.backward_tiling(activation)
+        if t is None:
+            grad, activation = _run_forward(conv, grad, activation), "none"
+            t = conv.backward_tiling(activation)
+        assert t is not None  # without a margin there is no limit
+        gradient, vector = conv.gradient(grad)
+        taps = weight.shape[2] * weight.shape[3]
+        shares = conv.maps.sums(t.shares, taps + 1, conv.channels)
         if t.grid:
             _backward[(t.grid,)](
-                *self.maps.arguments,
+                *conv.maps.arguments,
                 *gradient,
-                self.weight,
-                self.bias,
+                conv.weight,
+                conv.bias,
                 grad_x,
                 shares,
-                self.maps.n,
-                self.maps.c,
-                *self.sizes,
+                *conv.sizes,
                 *t.blocks,
                 ACTIVATION=activation,
                 VEC=vector,
-                FIRST_H=b.first[0],
-                FIRST_W=b.first[1],
-                STEP_H=b.step[0],
-                STEP_W=b.step[1],
-                BLOCK_H=b.block[0],
-                BLOCK_W=b.block[1],
-                PIXELS_H=b.pixels[0],
-                PIXELS_W=b.pixels[1],
                 **t.constants,
             )
-        block = min(64, power_of_2((taps + 1) * self.channels))
-        _grad_weight[(triton.cdiv((taps + 1) * self.channels, block),)](
-            shares, grad_w, grad_b, t.shares, self.channels, TAPS=taps, BLOCK=block
+        block = min(64, power_of_2((taps + 1) * conv.channels))
+        _grad_weight[(triton.cdiv((taps + 1) * conv.channels, block),)](
+            shares, grad_weight, grad_bias, t.shares, conv.channels, TAPS=taps, BLOCK=block
         )
+    return grad_x, grad_weight, x.new_empty(0) if grad_bias is None else grad_bias
+
+
+def _run_forward(conv: Convolution, grad: Tensor | None, activation: str) -> Tensor:
+    """The result; or with its gradient, the inner gradient."""
+    y, t = conv.empty(), conv.forward_tiling()
+    none: list[Any] = [None, 0, 0]
+    gradient, vector = (none, conv.vector) if grad is None else conv.gradient(grad)
+    if y.numel():
+        _forward[(t.grid,)](
+            *conv.maps.arguments,
+            *gradient,
+            conv.weight,
+            conv.bias,
+            y,
+            *conv.sizes,
+            *t.blocks,
+            ACTIVATION=activation,
+            VEC=vector,
+            **t.constants,
+        )
+    return y
 
 
 @triton.jit
@@ -365,7 +192,7 @@ def _forward(
     VEC: tl.constexpr, CHANNELS_LAST: tl.constexpr,
     BLOCK_N: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK_H: tl.constexpr, BLOCK_W: tl.constexpr,
 ):  # fmt: skip
-    """One program: a tile of the result, of its C channels; of the inner gradient if there is a gradient g."""
+    """One program: a tile of the result, of its C channels; with its gradient g, of the inner gradient instead."""
     n, c, h_block, w_block, _ = _split(c_blocks, h_blocks, w_blocks, CHANNELS_LAST, BLOCK_N, BLOCK_C)
     sample, row, column = _pixels(BLOCK_N, BLOCK_H, BLOCK_W)
     n += sample
@@ -414,8 +241,10 @@ def _backward(
     PIXELS_H: tl.constexpr, PIXELS_W: tl.constexpr,
 ):  # fmt: skip
     """One program: a tile of the inner gradient, with the margin, its share of the gradients of the weights, and the
-    gradient of the pixels of x, of C channels, that are its own."""
+    gradient of the pixels of x that are its own."""
     TAPS: tl.constexpr = KH * KW
+    channels = C.to(tl.int64)
+    C = C // MULTIPLIER  # those of x
     n, c, h_block, w_block, share = _split(c_blocks, h_blocks, w_blocks, CHANNELS_LAST, BLOCK_N, BLOCK_C)
     c_mask = c < (aligned(C, VEC) if CHANNELS_LAST else C)
     sample, row, column = _pixels(BLOCK_N, BLOCK_H, BLOCK_W)
@@ -436,7 +265,6 @@ def _backward(
     g_row_pitch, g_column_pitch = _pitches(OW, g_stride, VEC, CHANNELS_LAST)
     planes = x + _plane(n + sample, c, x_batch, x_stride, VEC, CHANNELS_LAST)
     windows = planes + row * SH * row_pitch + column * SW * column_pitch
-    channels = C.to(tl.int64) * MULTIPLIER
     shares += share * (TAPS + 1) * channels
     for j in range(MULTIPLIER):
         channel = c * MULTIPLIER + j
