@@ -23,6 +23,7 @@ kernel = functools.partial(
     do_not_specialize=(
         *("N", "C", "HW", "K", "M", "x_batch", "x_stride", "g_batch", "g_stride", "y_batch", "y_stride"),
         *("blocks", "chunk", "count", "first", "width", "apart"),
+        *("H", "W", "OH", "OW", "c_blocks", "h_blocks", "w_blocks"),
     ),
 )
 
@@ -58,6 +59,7 @@ class Maps:
     """Maps of one shape, dtype and layout: the arguments that the kernels take, and the tiles they are cut into."""
 
     def __init__(self, x: Tensor, *others: Tensor, channels_last: bool | None = None) -> None:
+        """In the format of x, or in another one that a call's maps of other sizes have."""
         self.n, self.c, h, w = x.shape
         self.hw = h * w
         self.channels_last = is_channels_last(x) if channels_last is None else channels_last

@@ -17,20 +17,21 @@ struct Max {  // of which a NaN on either side is the result, as in torch.amax
   }
 };
 
-// Over the lanes of a warp that are a multiple of `apart` (a power of two) from each other: all get the result.
+// Over the lanes of a warp, or of each `span` of them (both powers of two), that are a multiple of `apart` from each
+// other: all get the result.
 template <class A, class F = Sum>
-__device__ A warp_reduce(A value, int apart = 1, F f = {}) {
-  for (int lane = 16; lane >= apart; lane /= 2) value = f(value, __shfl_xor_sync(0xffffffffu, value, lane));
+__device__ A warp_reduce(A value, int apart = 1, F f = {}, int span = 32) {
+  for (int lane = span / 2; lane >= apart; lane /= 2) value = f(value, __shfl_xor_sync(0xffffffffu, value, lane));
   return value;
 }
 
-// Over the threads of a team (threadIdx.x) that have the same threadIdx.x % width, K numbers each: all get the results.
-// `shared` holds width * K numbers for each warp of the team; it is free again on return.
+// Over the threads of a team (threadIdx.x: whole warps, or a power of two below one) that have the same
+// threadIdx.x % width, K numbers each: all get the results. `shared` holds width * K numbers for each warp of the team; it is free again on return.
 template <int K, class A, class F = Sum>
 __device__ void team_reduce(A (&values)[K], int width, A* shared, F f = {}) {
 #pragma unroll
-  for (int k = 0; k < K; k++) values[k] = warp_reduce(values[k], width, f);
-  if (blockDim.x == 32) return;
+  for (int k = 0; k < K; k++) values[k] = warp_reduce(values[k], width, f, min(blockDim.x, 32u));
+  if (blockDim.x <= 32) return;
   const int lane = threadIdx.x % 32, size = width * K;
   A* const row = shared + threadIdx.x / 32 * size;
 #pragma unroll

@@ -73,6 +73,21 @@ def total(x, y, n, defined: tl.constexpr):
     tl.store(y, tl.sum(values, 0))
 
 
+@triton.jit
+def walk_twice(x, y, n, block: tl.constexpr):
+    i = tl.arange(0, block)
+    for _ in range(2):
+        for first in range(0, n, block):
+            tl.store(y + first + i, tl.load(x + first + i))
+
+
+@triton.jit
+def store_then_load(y):
+    i = tl.arange(0, B)
+    for _ in range(2):
+        tl.store(y + i, tl.load(y + i) + 1)
+
+
 def _fault(run: Callable[[], object], *inputs: Tensor) -> str:
     with pytest.raises(AssertionError) as fault, triton_checker.watch(*inputs):
         run()
@@ -88,10 +103,28 @@ def test_clean_kernels() -> None:
     with triton_checker.watch(x) as traffic:
         add_neighbour[(4,)](x, y, 100)
     torch.testing.assert_close(y, x + torch.cat((x[1:], torch.zeros(1))))
-    assert (traffic.loaded, traffic.loaded_sectors, traffic.moved) == (796, 3 * 5 + 1 + 13, 32 * (29 + 13))
+    assert (traffic.loaded, traffic.loaded_sectors, traffic.moved) == (796, 3 * 5 + 1, 32 * (16 + 13))
     with triton_checker.watch(x) as traffic:
         total[(1,)](x, y, 20, defined=True)
     torch.testing.assert_close(y[0], x[:20].sum())
+
+
+def test_what_a_program_loads_again_is_cached_within_limits() -> None:
+    """In 16 KiB, from where what was loaded longest ago goes first; a store is a store each time."""
+    for kilobytes, fetched in ((8, 8), (16, 16), (17, 34)):
+        x, y = torch.randn(kilobytes * 256), torch.zeros(kilobytes * 256)
+        with triton_checker.watch(x) as traffic:
+            walk_twice[(1,)](x, y, len(x), block=256)
+        assert traffic.loaded == traffic.stored == 32 * traffic.stored_sectors == 2 * 1024 * kilobytes
+        assert 32 * traffic.loaded_sectors == 1024 * fetched
+        with triton_checker.watch(x) as traffic:  # each program, and each launch, has a cache of its own
+            walk_twice[(1,)](x, y, 256, block=256)
+            walk_twice[(1,)](x, y, 256, block=256)
+        assert 32 * traffic.loaded_sectors == 2 * 1024
+    y = torch.zeros(32)
+    with triton_checker.watch() as traffic:
+        store_then_load[(1,)](y)
+    assert (traffic.loaded_sectors, traffic.stored_sectors) == (4, 8)
 
 
 def test_masked_lanes_of_a_view() -> None:

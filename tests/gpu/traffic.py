@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 SECTOR = 32  # bytes: what a GPU fetches at least
+CACHED_SECTORS = 512  # 16 KiB: what one of the programs that share a multiprocessor can count on in its first cache
 
 
 @dataclass
@@ -15,7 +16,10 @@ class Traffic:
     """Bytes that kernels loaded and stored: as asked by each thread or lane, and in whole 32-byte sectors.
 
     A sector counts once for each pass over it: once in what a CUDA block accesses between two barriers or warp
-    operations, once in each load or store of a Triton program. Caches are not modelled.
+    operations, once in each load or store of a Triton program. But what a Triton program loads again is not fetched
+    again while it is among the ``CACHED_SECTORS`` sectors that this program loaded last: the compiler puts barriers
+    where it wants, so that there are no passes to count, and code for shifted pixels can only load them again. Nothing
+    else is taken from a cache: neither what another program or launch loaded, nor what was stored.
     """
 
     loaded: int = 0

@@ -16,6 +16,7 @@ a GPU anything. bf16 is computed as on a GPU (triton_bf16.py).
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 from collections.abc import Iterable, Iterator
 from typing import Any
 
@@ -26,7 +27,7 @@ from triton.runtime import interpreter
 from triton.runtime.interpreter import GridExecutor, InterpreterBuilder, TensorHandle
 
 from tests.gpu import triton_bf16
-from tests.gpu.traffic import SECTOR, Traffic, elements, extent
+from tests.gpu.traffic import CACHED_SECTORS, SECTOR, Traffic, elements, extent
 
 NOBODY, MANY = -1, -2
 
@@ -67,6 +68,7 @@ class _Launch:
             if v.untyped_storage().data_ptr() in watched:
                 self.read_only[begin : begin + len(mask)] |= mask
         self.loaded_by, self.stored_by, self.updated_by = (np.full(count, NOBODY, np.int32) for _ in range(3))
+        self.cache, self.cache_of = dict[int, None](), NOBODY  # sectors, the one that was loaded last at the end
 
     def index(self, address: np.ndarray, size: int, what: str) -> np.ndarray:
         """The granules of each accessed element, all inside the tensors."""
@@ -116,6 +118,22 @@ class _Launch:
                 _fail("race: two lanes of one store write one address")
             self.stored_by[at] = me
 
+    def fetched(self, sectors: list[int]) -> int:
+        """How many of these a load fetches: the others are in the cache of its program."""
+        if self.cache_of != (me := _program()):
+            self.cache_of = me
+            self.cache.clear()
+        misses = 0
+        for sector in sectors:
+            if sector in self.cache:
+                del self.cache[sector]
+            else:
+                misses += 1
+            self.cache[sector] = None
+            if len(self.cache) > CACHED_SECTORS:
+                del self.cache[next(iter(self.cache))]
+        return misses
+
 
 _launch: _Launch | None = None
 _inputs: tuple[Tensor, ...] = ()
@@ -146,13 +164,13 @@ def _check(pointer: TensorHandle, mask: TensorHandle | np.ndarray | None, what: 
         return
     _launch.access(addresses, size, what)
     if _traffic is not None:
-        sectors = len(np.unique(np.concatenate((addresses // SECTOR, (addresses + size - 1) // SECTOR))))
+        sectors = np.unique(np.concatenate((addresses // SECTOR, (addresses + size - 1) // SECTOR)))
         if what != "store":
             _traffic.loaded += addresses.size * size
-            _traffic.loaded_sectors += sectors
+            _traffic.loaded_sectors += _launch.fetched(sectors.tolist()) if what == "load" else len(sectors)
         if what != "load":
             _traffic.stored += addresses.size * size
-            _traffic.stored_sectors += sectors
+            _traffic.stored_sectors += len(sectors)
 
 
 def _undefined(pointer: TensorHandle) -> TensorHandle:
@@ -184,6 +202,9 @@ def install() -> None:
     if builder.create_masked_load.__module__ == __name__:
         return
     triton_bf16.install()
+    # Its checks of integer overflow cost half of the time and never fire: they are for debug mode.
+    options = interpreter.InterpreterOptions()
+    interpreter.interpreter_builder.options = dataclasses.replace(options, sanitize_overflow=False)
     load, store = builder.create_masked_load, builder.create_masked_store
     update, exchange, launch = builder.create_atomic_rmw, builder.create_atomic_cas, GridExecutor.__call__
     patch_language = interpreter._patch_lang
