@@ -175,7 +175,8 @@ def _convolve(
         at = x + (kw * DW - LEFT) * column_pitch
         column_mask = mask & _columns(column + (kw * DW - LEFT), W, VEC, CHANNELS_LAST)
         for kh in range(KH):
-            in_mask = column_mask & _rows(row + (kh * DH - TOP), H)
+            in_row = row + (kh * DH - TOP)
+            in_mask = column_mask & (in_row >= 0) & (in_row < H)
             value = tl.load(at + (kh * DH - TOP) * row_pitch, mask=in_mask, other=0.0).to(z.dtype)
             w = tl.load(weight + (kh * KW + kw), mask=c_mask, other=0.0).to(z.dtype)
             z += tl.where(in_mask, value * w, 0.0)
@@ -283,7 +284,8 @@ def _backward(
             at = windows + (kw * DW - LEFT) * column_pitch
             column_mask = is_own & _columns(column * SW + (kw * DW - LEFT), W, VEC, CHANNELS_LAST)
             for kh in range(KH):
-                in_mask = column_mask & _rows(row * SH + (kh * DH - TOP), H)
+                in_row = row * SH + (kh * DH - TOP)
+                in_mask = column_mask & (in_row >= 0) & (in_row < H)
                 value = tl.load(at + (kh * DH - TOP) * row_pitch, mask=in_mask, other=0.0)
                 # Taps in the padding multiply by zero: NaN stays NaN, as in torch.
                 tl.store(to + (kh * KW + kw) * channels, tl.sum(value.to(own.dtype) * own, 1, keep_dims=True), c_mask)
@@ -309,7 +311,7 @@ def _backward(
                 if SH > 1:
                     met = met & (from_row % SH == 0)
                     from_row = from_row // SH
-                met = met & _rows(from_row, OH)
+                met = met & (from_row >= 0) & (from_row < OH)
                 if ACTIVATION == "none":
                     value = load(at + from_row * g_row_pitch + from_column * g_column_pitch, met)
                 else:

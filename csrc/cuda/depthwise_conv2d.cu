@@ -101,11 +101,13 @@ __global__ void __launch_bounds__(kThreads, 1)
   A z = bias ? bias[e.channel] : A(0);
 #pragma unroll 1
   for (int in_row = row; in_row < row + s.kernel_h * s.dilation_h; in_row += s.dilation_h) {
+    A sum = 0;  // of a row of the filter: sums of few lose less to rounding
 #pragma unroll 1
     for (int in_column = column; in_column < column + s.kernel_w * s.dilation_w; in_column += s.dilation_w, tap++) {
       if (in_row < 0 || in_row >= s.h || in_column < 0 || in_column >= s.w) continue;
-      z += weight[tap] * static_cast<A>(*x.at(e.sample, e.channel / s.multiplier, int64_t{in_row} * s.w + in_column));
+      sum += weight[tap] * static_cast<A>(*x.at(e.sample, e.channel / s.multiplier, int64_t{in_row} * s.w + in_column));
     }
+    z += sum;
   }
   z = grad.data ? activation_grad(static_cast<A>(*grad.at(e.sample, e.channel, e.pixel)), z, activation)
                 : activate(z, activation);
@@ -127,12 +129,14 @@ __global__ void __launch_bounds__(kThreads, 1)
     for (int kh = 0; kh < s.kernel_h; kh++) {
       const int down = row - kh * s.dilation_h, out_row = down / s.stride_h;
       const bool met = down >= 0 && down == out_row * s.stride_h && out_row < s.out_h;
+      A row_sum = 0;
 #pragma unroll 1
       for (int kw = 0; kw < s.kernel_w; kw++, tap++) {
         const int across = column - kw * s.dilation_w, out_column = across / s.stride_w;
         if (!met || across < 0 || across != out_column * s.stride_w || out_column >= s.out_w) continue;
-        sum += weight[tap] * static_cast<A>(*inner.at(e.sample, channel, int64_t{out_row} * s.out_w + out_column));
+        row_sum += weight[tap] * static_cast<A>(*inner.at(e.sample, channel, int64_t{out_row} * s.out_w + out_column));
       }
+      sum += row_sum;
     }
   }
   *grad_x.at(e.sample, e.channel, e.pixel) = static_cast<T>(sum);
@@ -175,7 +179,7 @@ __global__ void __launch_bounds__(kThreads, 1)
     for (int sample = first; sample < last; sample++) {
 #pragma unroll 1
       for (int next = begin + part, window = next; next < end;) {
-        A few = 0;  // sums of few lose less to rounding
+        A few = 0;
         next += 32 * shares.parts;
 #pragma unroll 1
         for (; window < min(next, end); window += shares.parts) {

@@ -110,7 +110,8 @@ class _Launch:
                 _fail(f"{what} to an input")
             race(self.loaded_by, "loads")
         if what == "load":
-            self.loaded_by[at] = np.where(np.isin(self.loaded_by[at], (NOBODY, me)), me, MANY)
+            owner = self.loaded_by[at]
+            self.loaded_by[at] = np.where((owner == NOBODY) | (owner == me), me, MANY)
         elif what == "update":
             self.updated_by[at] = me
         else:
