@@ -105,10 +105,12 @@ def _weave(
 
 
 def _launch_weave(loose: list[Maps], woven: Maps, few: int, in_x: int, length: int, apart: int, back: bool) -> None:
-    block_m = min(triton.next_power_of_2(length), 1024 // few)
-    block_p = min(triton.next_power_of_2(woven.hw), max(1, 2048 // (block_m * few)))
-    blocks = triton.cdiv(woven.hw, block_p)
     x, g = loose[0], loose[-1]
+    vector = math.gcd(x.vector, g.vector, woven.vector, length, apart)
+    elements = 2048 if vector > 1 and woven.itemsize < 8 else 1024  # few where each has an address
+    block_m = min(triton.next_power_of_2(length), 1024 // few)
+    block_p = min(triton.next_power_of_2(woven.hw), max(1, elements // (block_m * few)))
+    blocks = triton.cdiv(woven.hw, block_p)
     _weave[(triton.cdiv(length, block_m) * blocks * woven.n,)](
         *x.arguments,
         *g.arguments,
@@ -117,7 +119,7 @@ def _launch_weave(loose: list[Maps], woven: Maps, few: int, in_x: int, length: i
         apart,
         woven.hw,
         blocks,
-        VEC=math.gcd(x.vector, g.vector, woven.vector, length, apart),
+        VEC=vector,
         FEW=few,
         IN_X=in_x,
         BACK=back,
