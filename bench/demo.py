@@ -1,4 +1,4 @@
-"""Accelerates four public networks in place, shows that they still compute the same, and in what time.
+"""Accelerates seven public networks in place, shows that they still compute the same, and in what time.
 
 Run as python -m bench.demo; on a GPU if there is one. Weights and statistics are random, nothing is downloaded. The
 exit status is 1 if a network does not agree with the untouched one, and 2 if a library is missing.

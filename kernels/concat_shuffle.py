@@ -37,6 +37,7 @@ def _copy(
     VEC: tl.constexpr,
     CHANNELS_LAST: tl.constexpr,
     BACK: tl.constexpr,
+    ONE: tl.constexpr,
     BLOCK_C: tl.constexpr,
     BLOCK_P: tl.constexpr,
 ):
@@ -44,9 +45,12 @@ def _copy(
     n, c, block = locate(tl.program_id(0), C, blocks, CHANNELS_LAST, BLOCK_C)
     p = block * BLOCK_P + tl.arange(0, BLOCK_P)[None, :]
     mask = inside(c, p, C, HW, VEC, CHANNELS_LAST)
-    place = (first + c) % width * count + (first + c) // width
     part = x + offsets(n, c, p, x_batch, x_stride, VEC, CHANNELS_LAST)
-    whole = y + offsets(n, place, p, y_batch, y_stride, 1 if CHANNELS_LAST else VEC, CHANNELS_LAST)
+    if ONE:  # group: nothing but a concatenation
+        whole = y + offsets(n, aligned(first, VEC) + c, p, y_batch, y_stride, VEC, CHANNELS_LAST)
+    else:
+        place = (first + c) % width * count + (first + c) // width
+        whole = y + offsets(n, place, p, y_batch, y_stride, 1 if CHANNELS_LAST else VEC, CHANNELS_LAST)
     if BACK:
         tl.store(part, tl.load(whole, mask), mask)
     else:
@@ -143,7 +147,8 @@ def move(tensors: list[Tensor], y: Tensor, groups: int, back: bool) -> None:
             stretch = Maps(whole.arguments[0][:, first // width :], channels_last=True)
             _launch_weave([stretch], part, width, width, part.c // width, groups, not back)
         else:
-            part.vector = part.vector if channels_last else math.gcd(part.vector, whole.vector)
+            if not channels_last or groups == 1:
+                part.vector = math.gcd(part.vector, whole.vector, first if channels_last else 0)
             tile = part.tile(2048)
             _copy[(part.n * tile.c_blocks * tile.p_blocks,)](
                 *part.arguments,
@@ -155,6 +160,7 @@ def move(tensors: list[Tensor], y: Tensor, groups: int, back: bool) -> None:
                 width,
                 groups,
                 BACK=back,
+                ONE=channels_last and groups == 1,
                 **tile.constants,
             )
         first += part.c

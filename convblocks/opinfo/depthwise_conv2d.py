@@ -73,7 +73,7 @@ INFO = OpInfo(
         {"kernel": (1, 3), "padding": (3, 1, 0, 2), "stride": (1, 3), "activation": "gelu"},
         {"kernel": (4, 2), "padding": (2, 1), "stride": (3, 2), "dilation": (1, 2), "multiplier": 3},
         {"kernel": (9, 1), "padding": (4, 0), "activation": "leaky_relu"},
-        {"kernel": 13, "padding": 6, "activation": "gelu_tanh"},
+        {"kernel": (3, 13), "padding": (1, 6), "activation": "gelu_tanh"},
     ),
     bench=(
         {"kernel": 3, "padding": 1, "activation": "relu6"},

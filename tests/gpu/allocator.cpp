@@ -3,6 +3,8 @@
 #include <c10/core/Allocator.h>
 
 #include <cstring>
+#include <mutex>
+#include <unordered_map>
 
 #include "memory.h"
 
@@ -16,22 +18,36 @@ class WatchedAllocator final : public c10::Allocator {
   c10::Allocator* inner = nullptr;
 
   c10::DataPtr allocate(size_t bytes) override {
-    auto block = new c10::DataPtr(inner->allocate(bytes));
-    void* data = block->get();
-    if (bytes) {
+    c10::DataPtr block = inner->allocate(bytes);
+    void* data = block.get();
+    const c10::Device device = block.device();
+    if (data) {
       std::memset(data, 0xff, bytes);
       allow(data, bytes, nullptr, true);
+      const std::lock_guard lock(mutex());
+      blocks()[data] = std::move(block);
     }
-    return {data, block, &release, block->device()};
+    return {data, data, &release, device};  // torch's convolutions ask that the context be the memory
   }
 
   void copy_data(void* to, const void* from, size_t bytes) const override { std::memcpy(to, from, bytes); }
 
  private:
-  static void release(void* p) {
-    auto block = static_cast<c10::DataPtr*>(p);
-    forget(block->get());
-    delete block;
+  c10::DeleterFnPtr raw_deleter() const override { return &release; }
+
+  static void release(void* data) {
+    if (!data) return;
+    forget(data);
+    const std::lock_guard lock(mutex());
+    blocks().erase(data);
+  }
+  static std::unordered_map<void*, c10::DataPtr>& blocks() {
+    static auto* all = new std::unordered_map<void*, c10::DataPtr>;  // tensors may outlive what is static
+    return *all;
+  }
+  static std::mutex& mutex() {
+    static auto* one = new std::mutex;
+    return *one;
   }
 };
 
