@@ -28,4 +28,5 @@ def partial_conv2d_backward(grad: Tensor, x: Tensor, weight: Tensor) -> tuple[Te
     grad_first, grad_weight, _ = torch.ops.aten.convolution_backward(
         grad[:, :p], x[:, :p], weight.to(x.dtype), None, [1, 1], padding, [1, 1], False, [0, 0], 1, [True, True, False]
     )
-    return _together(grad_first, grad, x), grad_weight.to(weight.dtype)
+    dense = torch.empty(weight.shape, dtype=weight.dtype, device=weight.device)
+    return _together(grad_first, grad, x), dense.copy_(grad_weight)
