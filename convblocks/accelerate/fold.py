@@ -16,8 +16,7 @@ from torch import Tensor, nn
 from torch.autograd import forward_ad
 
 from convblocks.accelerate.rule import Forward, Refused, Rule, Run, become, replacement
-from convblocks.blocks.arguments import _NAMES as _ACTIVATIONS  # the classes whose function is known
-from convblocks.blocks.arguments import function_of, qualified_name
+from convblocks.blocks.arguments import FUNCTIONS, function_of, qualified_name
 from convblocks.blocks.depthwise_conv2d import fused_forward, padding_of
 from convblocks.ops.gate import ACTIVATIONS
 
@@ -122,7 +121,7 @@ RULES = {
     for prefix, suffix, sources in (
         ("Folding", "", {s: partial(_convolution, same) for s, same in _CONVOLUTIONS.items()}),
         ("Folded", "", dict.fromkeys(_NORMS, _handing_on)),
-        ("Folded", "", {s: _handing_on for s in _ACTIVATIONS if s.startswith("torch.")}),
+        ("Folded", "", {s: _handing_on for s in FUNCTIONS if s.startswith("torch.")}),
     )
     for source, forward in sources.items()
 }

@@ -111,7 +111,7 @@ def _check_plain(layer: nn.Module, label: str) -> None:
     """Of a layer that is to be folded."""
     if is_parametrized(layer) or "forward" in layer.__dict__:
         raise Refused(f"{label} is parametrized, or has a forward of its own")
-    if any(getattr(part, hooks) for part in layer.modules() for hooks in _HOOKS):
+    if any(map(_has_hooks, layer.modules())):
         raise Refused(f"{label} has hooks")
 
 

@@ -13,7 +13,7 @@ Layer = str | Callable[..., nn.Module] | nn.Module
 _ALIASES = {"swish": "silu", "hard_swish": "hardswish", "hard_sigmoid": "hardsigmoid"}  # timm's spellings
 
 # By qualified name, so that timm is never imported. timm makes classes of its own where torch's take no `inplace`.
-_NAMES = {
+FUNCTIONS = {
     "torch.nn.modules.activation.ReLU": "relu",
     "torch.nn.modules.activation.ReLU6": "relu6",
     "torch.nn.modules.activation.SiLU": "silu",
@@ -55,7 +55,7 @@ def qualified_name(cls: type) -> str:
 
 def function_of(layer: nn.Module) -> str | None:
     """The name in ``convblocks.ops`` of what an activation module computes, or None if there is none."""
-    name = _NAMES.get(qualified_name(type(layer)))
+    name = FUNCTIONS.get(qualified_name(type(layer)))
     if name == "leaky_relu" and layer.negative_slope != 0.01:
         return None
     if name == "gelu" and getattr(layer, "approximate", "none") == "tanh":

@@ -21,7 +21,6 @@ from convblocks.ops.squeeze_excite import operator as squeeze_excite_operator
 from tests.accelerate.sources import (
     CHANNELS,
     EcaModule,
-    InvertedResidual,
     SEModule,
     SqueezeExcitation,
     each_source,
@@ -148,15 +147,6 @@ def test_pickled_alone() -> None:
     module, x = SEModule(CHANNELS, act_layer=nn.SiLU), torch.randn(1, CHANNELS, 4, 4)
     convblocks.accelerate(module, strict=True)
     assert torch.equal(pickle.loads(pickle.dumps(module))(x), module(x))
-
-
-def test_hooks_on_the_module_fire(model: nn.Module, x: Tensor) -> None:
-    convblocks.accelerate(model, strict=True)
-    seen: list[str] = []
-    model[6].register_forward_hook(lambda *_: seen.append("forward"))
-    model[6].register_full_backward_hook(lambda *_: seen.append("backward"))
-    model(x.requires_grad_()).sum().backward()
-    assert seen == ["forward", "backward"]
 
 
 class _Doubled(nn.Conv2d):
@@ -328,35 +318,6 @@ def test_foreign_libraries_are_not_imported_and_the_function_hides_its_package()
         assert isinstance(convblocks.accelerate(nn.Conv2d(1, 1, 1)), Report)
     """
     subprocess.run([sys.executable, "-c", code], check=True, cwd=ROOT)
-
-
-@pytest.mark.parametrize("stride", [1, 2])
-def test_hooks_in_the_branches_of_a_unit_fire(stride: int) -> None:
-    """Those that were there before, which the comparison does not run, and later ones; so do changes of its layers."""
-    unit = made(lambda: InvertedResidual(CHANNELS, CHANNELS * stride, stride)).eval()
-    seen: list[str] = []
-    unit.branch2[0].register_forward_hook(lambda *_: seen.append("before"))
-    (entry,) = convblocks.accelerate(unit, include="", strict=True).replaced
-    assert entry.reason == "not compared: hooks in it would run"
-    assert not seen
-    unit.branch2[5].register_full_backward_hook(lambda *_: seen.append("backward"))
-    unit.branch2.register_forward_hook(lambda *_: seen.append("branch"))
-    prune.l1_unstructured(unit.branch2[3], "weight", 0.5)
-    x = torch.randn(2, CHANNELS, 6, 6, requires_grad=True)
-    y = unit(x)
-    y.sum().backward()
-    assert seen == ["before", "branch", "backward"]
-    convblocks.revert(unit)
-    assert torch.equal(unit(x), y)
-
-
-def test_backward_hook_of_a_layer_afterwards_fires() -> None:
-    module = made(lambda: SEModule(CHANNELS))
-    convblocks.accelerate(module, strict=True)
-    seen: list[str] = []
-    module.fc2.register_full_backward_hook(lambda *_: seen.append("full"))
-    module(torch.randn(2, CHANNELS, 6, 6, requires_grad=True)).sum().backward()
-    assert seen == ["full"]
 
 
 def test_replicas_of_data_parallel() -> None:
