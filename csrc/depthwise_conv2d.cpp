@@ -24,10 +24,13 @@ struct DepthwiseConv2d {
       "str activation) -> (Tensor, Tensor, Tensor)";
   static constexpr bool autocasts = true;
 
+  static constexpr int64_t kMost = (int64_t{1} << 31) - 1;  // so that no size overflows
+
   static void check_numbers(const char* argument, Sizes values, size_t count, int64_t least) {
     bool ok = values.size() == count;
-    for (const auto& value : values) ok = ok && value >= least;
-    TORCH_CHECK_VALUE(ok, name, ": expected ", argument, " of ", count, " numbers >= ", least, ", got ", values);
+    for (const auto& value : values) ok = ok && value >= least && value <= kMost;
+    TORCH_CHECK_VALUE(ok, name, ": expected ", argument, " of ", count, " numbers from ", least, " to ", kMost,
+                      ", got ", values);
   }
 
   static void check(const Tensor& x, const Tensor& weight, const MaybeTensor& bias, Sizes stride, Sizes padding,

@@ -39,13 +39,16 @@ def _bad_inputs(device: str) -> Iterator[BadInput]:
     yield refuse(x, w, b.double(), error=TypeError, expected="bias of dtype float32, got float64")
     yield refuse(x, w.to("meta"), error=RuntimeError, expected=f"weight on {x.device} like the input, got meta")
     for stride in (0, -1):
-        words = f"stride of 2 numbers >= 1, got [{stride}, {stride}]"
+        words = f"stride of 2 numbers from 1 to 2147483647, got [{stride}, {stride}]"
         yield refuse(x, w, expected=words, stride=stride)
         yield refuse(x, w, expected=words, stride=stride, padding="same")
-    yield refuse(x, w, expected="dilation of 2 numbers >= 1, got [1, 0]", dilation=(1, 0))
-    yield refuse(x, w, expected="padding of 4 numbers >= 0, got [-1, -1, 0, 0]", padding=(0, -1))
-    yield refuse(x, w, expected="padding of 4 numbers >= 0, got [1, 1, 1]", padding=(1, 1, 1))
-    yield refuse(x, w, expected="padding to be numbers, same or valid, got full", padding="full")
+    yield refuse(x, w, expected="dilation of 2 numbers from 1 to 2147483647, got [1, 0]", dilation=(1, 0))
+    yield refuse(x, w, expected="padding of 4 numbers from 0 to 2147483647, got [-1, -1, 0, 0]", padding=(0, -1))
+    yield refuse(x, w, expected="padding of 4 numbers from 0 to 2147483647, got [1, 1, 1]", padding=(1, 1, 1))
+    large = 2**31
+    yield refuse(x, w, expected=f"dilation of 2 numbers from 1 to 2147483647, got [1, {large}]", dilation=(1, large))
+    for padding in ("full", None):
+        yield refuse(x, w, expected=f"padding to be numbers, same or valid, got {padding}", padding=padding)
     names = f"activation to be one of {', '.join(ACTIVATIONS)}, got swish"
     yield refuse(x, w, expected=names, activation="swish")
     words = "a padded input of at least 9 x 9, the size of the dilated kernel, got 7 x 9"

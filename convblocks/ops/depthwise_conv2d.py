@@ -12,13 +12,13 @@ from convblocks.ops.operator import Operator
 
 Pair = int | Sequence[int]
 Padding = str | Pair
+MOST = 2**31 - 1  # so that no size overflows
 
 
 def _numbers(name: str, values: Sequence[int], count: int, least: int) -> None:
-    if len(values) != count or any(value < least for value in values):
-        raise ValueError(
-            f"depthwise_conv2d: expected {name} of {count} numbers >= {least}, got [{', '.join(map(str, values))}]"
-        )
+    if len(values) != count or any(value < least or value > MOST for value in values):
+        numbers = f"{count} numbers from {least} to {MOST}"
+        raise ValueError(f"depthwise_conv2d: expected {name} of {numbers}, got [{', '.join(map(str, values))}]")
 
 
 def check(
@@ -77,7 +77,7 @@ def _pair(value: Pair) -> Sequence[int]:
 
 def four(padding: Padding, x: Tensor, weight: Tensor, stride: Sequence[int], dilation: Sequence[int]) -> Sequence[int]:
     """Left, right, top and bottom."""
-    if not isinstance(padding, str):
+    if isinstance(padding, (int, Sequence)) and not isinstance(padding, str):
         pair = _pair(padding)
         return (pair[1], pair[1], pair[0], pair[0]) if len(pair) == 2 else pair
     if padding == "valid":
