@@ -1,5 +1,5 @@
-// A 3x3 depthwise convolution of stride 1 or 2 with pixels in the lanes, for planes of float in NCHW: nothing is
-// rearranged. For processors whose vectors load and store under a mask.
+// A 3x3, 5x5 or 7x7 depthwise convolution of stride 1 or 2 with pixels in the lanes, for planes of float in NCHW: nothing
+// is rearranged. For processors whose vectors load and store under a mask.
 #pragma once
 #include "../depthwise_conv2d.h"
 #include "depthwise_row.h"
@@ -8,17 +8,19 @@ namespace convblocks::cpu {
 
 #if defined(__AVX512F__)
 inline bool planes_fit(const DepthwiseConv2dShape& s, const Map& x, const Map& y) {
-  return s.kernel_h == 3 && s.kernel_w == 3 && s.stride_h == s.stride_w && s.stride_h <= 2 && s.dilation_h == 1 &&
-         s.dilation_w == 1 && x.pixel == 1 && y.pixel == 1;
+  const int64_t k = s.kernel_h;
+  const bool filter = k == s.kernel_w && (k == 3 || k == 5 || (k == 7 && s.out_w > 8));  // else measured to be slower
+  return filter && s.stride_h == s.stride_w && s.stride_h <= 2 && s.dilation_h == 1 && s.dilation_w == 1 &&
+         x.pixel == 1 && y.pixel == 1;
 }
 
-// P planes share a vector: where they are narrow, two.
-template <int P>
+// P planes share a vector: where they are narrow, two. K is the size of the filter.
+template <int P, int K>
 struct Planes {
-  static constexpr int kWidth = 16 / P;
+  static constexpr int kWidth = 16 / P, kRows = K == 3 ? 4 : 7;
   const float* in[P];
   float* out[P];
-  const float* weight[P];  // nine taps
+  const float* weight[P];
   float bias[P];
   int64_t h, w, out_h, out_w, top, left;
   Activation activation;
@@ -48,14 +50,20 @@ struct Planes {
     }
   }
 
-  // Three taps of a row of the map, of each of which the window of column t meets column t * STRIDE + `column` + tap.
+  // What the taps of a row meet: tap j of the window of column t meets column t * STRIDE + `column` + j of the map.
   template <int STRIDE>
-  void taps(int64_t row, int64_t column, VecF (&x)[3]) const {
+  void met(int64_t row, int64_t column, VecF (&x)[K]) const {
     const auto inside = [&](int64_t first, int width) { return lanes(-first, w - first, width); };
     const int64_t at = row * w + column;
-    if constexpr (STRIDE == 1) {
+    if constexpr (STRIDE == 1 && P == 1 && K > 3) {  // two loads, shifted
+      const __m512i a = (__m512i)load(at, inside(column, 16)), b = (__m512i)load(at + 16, inside(column + 16, 16));
+      const auto shifted = [&]<int... j>(std::integer_sequence<int, j...>) {
+        ((x[j] = (VecF)_mm512_alignr_epi32(b, a, j)), ...);
+      };
+      shifted(std::make_integer_sequence<int, K>{});
+    } else if constexpr (STRIDE == 1) {
       CONVBLOCKS_UNROLL
-      for (int j = 0; j < 3; j++) x[j] = load(at + j, inside(column + j, kWidth));
+      for (int j = 0; j < K; j++) x[j] = load(at + j, inside(column + j, kWidth));
     } else {
       // Twice as many columns, of the other plane where there are two, from which every second one is taken.
       const auto wide = [&](int64_t offset, uint32_t mask, int part) {
@@ -64,20 +72,21 @@ struct Planes {
       };
       const __m512i evens = _mm512_setr_epi32(0, 2, 4, 6, 8, 10, 12, 14, 16, 18, 20, 22, 24, 26, 28, 30);
       const __m512i odds = _mm512_add_epi32(evens, _mm512_set1_epi32(1));
-      const uint32_t mask = inside(column, 2 * kWidth), next = inside(column + 2, 2 * kWidth);
-      const __m512 a = wide(at, mask, 0), b = wide(at, mask, 1);
-      x[0] = (VecF)_mm512_permutex2var_ps(a, evens, b);
-      x[1] = (VecF)_mm512_permutex2var_ps(a, odds, b);
-      x[2] = (VecF)_mm512_permutex2var_ps(wide(at + 2, next, 0), evens, wide(at + 2, next, 1));
+      CONVBLOCKS_UNROLL
+      for (int j = 0; j < K; j += 2) {
+        const uint32_t mask = inside(column + j, 2 * kWidth);
+        const __m512 a = wide(at + j, mask, 0), b = wide(at + j, mask, 1);
+        x[j] = (VecF)_mm512_permutex2var_ps(a, evens, b);
+        if (j + 1 < K) x[j + 1] = (VecF)_mm512_permutex2var_ps(a, odds, b);
+      }
     }
   }
 
   template <int STRIDE>
   void convolve() const {
-    constexpr int kRows = 4;
-    VecF tap[9];
+    VecF tap[K * K];
     CONVBLOCKS_UNROLL
-    for (int t = 0; t < 9; t++) tap[t] = both([&](int p) { return weight[p][t]; });
+    for (int t = 0; t < K * K; t++) tap[t] = both([&](int p) { return weight[p][t]; });
     const VecF start = both([&](int p) { return bias[p]; });
     for (int64_t column = 0; column < out_w; column += kWidth) {
       const uint32_t written = lanes(0, out_w - column, kWidth);
@@ -86,17 +95,17 @@ struct Planes {
         CONVBLOCKS_UNROLL
         for (int r = 0; r < kRows; r++) acc[r] = start;
         CONVBLOCKS_UNROLL
-        for (int i = 0; i < (kRows - 1) * STRIDE + 3; i++) {
+        for (int i = 0; i < (kRows - 1) * STRIDE + K; i++) {
           const int64_t in_row = row * STRIDE - top + i;
           if (static_cast<uint64_t>(in_row) >= static_cast<uint64_t>(h)) continue;
-          VecF x[3];
-          taps<STRIDE>(in_row, column * STRIDE - left, x);
+          VecF x[K];
+          met<STRIDE>(in_row, column * STRIDE - left, x);
           CONVBLOCKS_UNROLL
           for (int r = 0; r < kRows; r++) {
             const int k = i - r * STRIDE;
-            if (k < 0 || k > 2) continue;
+            if (k < 0 || k >= K) continue;
             CONVBLOCKS_UNROLL
-            for (int j = 0; j < 3; j++) acc[r] += x[j] * tap[k * 3 + j];
+            for (int j = 0; j < K; j++) acc[r] += x[j] * tap[k * K + j];
           }
         }
         activate_tile(acc, activation);
@@ -109,13 +118,13 @@ struct Planes {
   }
 };
 
-template <int P>
+template <int P, int K>
 void convolve_planes(const Context& context, const DepthwiseConv2dShape& s, const float* weight, const float* bias,
                      Activation activation, const Map& x, const Map& y) {
   const int64_t planes = s.c * s.multiplier, groups = (planes + P - 1) / P;
   const int64_t grain = std::max<int64_t>(1, 4096 / (s.out_h * s.out_w * P));
   parallel_for(context, s.n * groups, grain, [&](int64_t begin, int64_t end) {
-    Planes<P> group;
+    Planes<P, K> group;
     group.h = s.h, group.w = s.w, group.out_h = s.out_h, group.out_w = s.out_w, group.top = s.top, group.left = s.left;
     group.activation = activation;
     for (int64_t i = begin; i < end; i++) {
@@ -124,7 +133,7 @@ void convolve_planes(const Context& context, const DepthwiseConv2dShape& s, cons
         const int64_t plane = std::min(i % groups * P + p, planes - 1);  // an odd last one is computed twice
         group.in[p] = static_cast<const float*>(x.data) + sample * x.batch + plane / s.multiplier * x.channel;
         group.out[p] = static_cast<float*>(y.data) + sample * y.batch + plane * y.channel;
-        group.weight[p] = weight + plane * 9;
+        group.weight[p] = weight + plane * K * K;
         group.bias[p] = bias ? bias[plane] : 0;
       }
       s.stride_w == 1 ? group.template convolve<1>() : group.template convolve<2>();
@@ -134,8 +143,13 @@ void convolve_planes(const Context& context, const DepthwiseConv2dShape& s, cons
 
 inline void convolve_planes(const Context& context, const DepthwiseConv2dShape& s, const float* weight,
                             const float* bias, Activation activation, const Map& x, const Map& y) {
-  auto run = s.out_w <= Planes<2>::kWidth ? convolve_planes<2> : convolve_planes<1>;
-  run(context, s, weight, bias, activation, x, y);
+  const auto run = [&]<int K>(std::integral_constant<int, K>) {
+    auto convolve = s.out_w <= Planes<2, K>::kWidth ? convolve_planes<2, K> : convolve_planes<1, K>;
+    convolve(context, s, weight, bias, activation, x, y);
+  };
+  if (s.kernel_h == 3) return run(std::integral_constant<int, 3>{});
+  if (s.kernel_h == 5) return run(std::integral_constant<int, 5>{});
+  run(std::integral_constant<int, 7>{});
 }
 #else
 inline bool planes_fit(const DepthwiseConv2dShape&, const Map&, const Map&) { return false; }
