@@ -120,8 +120,8 @@ class _Triton:
     def register(self, name: str, key: str, library: torch.library.Library | None = None) -> None:
         def kernel(suffix: str) -> Callable[..., Any]:
             def run(*args: Any) -> Any:
-                module = importlib.import_module(f"convblocks.kernels.{name}")
                 operator = operators[name]
+                module = importlib.import_module(f"convblocks.kernels.{operator.variant_of or name}")
                 (operator.check_backward if suffix else operator.check)(*args)
                 return getattr(module, f"{name}{suffix}")(*args)
 
@@ -131,7 +131,8 @@ class _Triton:
         with warnings.catch_warnings():
             warnings.filterwarnings("ignore", message=".*Overriding a previously registered kernel.*")
             library.impl(name, kernel(""), key)
-            library.impl(f"{name}_backward", kernel("_backward"), key)
+            if not operators[name].variant_of:
+                library.impl(f"{name}_backward", kernel("_backward"), key)
 
     def take_place(self, wanted: bool) -> None:
         """Of the device's kernels, while it is wanted."""

@@ -1,9 +1,11 @@
 #include "depthwise_conv2d.h"
 
+#include <ATen/OpMathType.h>
 #include <ATen/ops/constant_pad_nd.h>
 #include <ATen/ops/convolution.h>
 #include <ATen/ops/convolution_backward.h>
 #include <ATen/ops/empty.h>
+#include <ATen/ops/sum.h>
 
 #include "gate_formula.h"
 #include "op.h"
@@ -129,6 +131,11 @@ struct DepthwiseConv2d {
 
   static void run(const Call& kernel, const Tensor& y, const Tensor& x, const Tensor& weight, const MaybeTensor& bias,
                   Sizes stride, Sizes padding, Sizes dilation, std::string_view activation) {
+    run_with_sums(kernel, y, nullptr, x, weight, bias, stride, padding, dilation, activation);
+  }
+  static void run_with_sums(const Call& kernel, const Tensor& y, void* sums, const Tensor& x, const Tensor& weight,
+                            const MaybeTensor& bias, Sizes stride, Sizes padding, Sizes dilation,
+                            std::string_view activation) {
     const Tensor w = weight.contiguous();
     const MaybeTensor b = bias.has_value() ? MaybeTensor(bias->contiguous()) : bias;
     const auto format = common_format(x, y);
@@ -137,7 +144,8 @@ struct DepthwiseConv2d {
                                shape(x, weight, y, stride, padding, dilation),
                                {dtype_of(w), w.const_data_ptr(), data_of(b), activation_of(activation)},
                                from.map,
-                               to.map});
+                               to.map,
+                               sums});
   }
 
   static void run_backward(const Call& kernel, Grads& grads, const Tensor& grad, const Tensor& x, const Tensor& weight,
@@ -159,5 +167,89 @@ struct DepthwiseConv2d {
 };
 
 CONVBLOCKS_REGISTER(DepthwiseConv2d)
+
+// The same with a second output, the sum of each plane of the first one, (N, C): what a squeeze-and-excitation behind it
+// asks for, without another pass. The gradient of a sum is the same in all its pixels: it adds to that of the output.
+template <class Formula = decltype(&DepthwiseConv2d::formula)>
+struct WithSums;
+
+template <class... Args>
+struct WithSums<Tensor (*)(Args...)> {
+  using Plain = Operator<DepthwiseConv2d>;
+  using Outputs = std::tuple<Tensor, Tensor>;
+  static constexpr const char* name = "depthwise_conv2d_sums";
+
+  static Outputs call(Args... args) {
+    static auto op = c10::Dispatcher::singleton()
+                         .findSchemaOrThrow("convblocks::depthwise_conv2d_sums", "")
+                         .typed<Outputs(Args...)>();
+    return op.call(args...);
+  }
+  static auto dtype(const Tensor& y) { return at::toOpMathType(y.scalar_type()); }
+  static Outputs formula(Args... args) {
+    const Tensor y = Plain::call(args...);
+    return {y, at::sum(y, {2, 3}, false, dtype(y))};
+  }
+  static Tensor empty_sums(const Tensor& y) {
+    return at::empty_symint({y.sym_size(0), y.sym_size(1)}, y.options().dtype(dtype(y)));
+  }
+  static Outputs forward(Args... args) {
+    const Tensor& x = Plain::first(args...);
+    if (is_empty(x) || !Plain::forward_slot.on(x)) return formula(args...);
+    DepthwiseConv2d::check(args...);
+    c10::DeviceGuard guard(x.device());
+    const Tensor y = Plain::empty_output(args...), sums = empty_sums(y);
+    DepthwiseConv2d::run_with_sums(Call(name, Plain::forward_slot, x), y, sums.data_ptr(), args...);
+    return {y, sums};
+  }
+  static Outputs meta(Args... args) {
+    const Tensor y = Plain::meta(args...);
+    return {y, empty_sums(y)};
+  }
+
+  struct Sum : torch::autograd::Function<Sum> {
+    static Tensor forward(AutogradContext* ctx, const Tensor& y, const Tensor* sums) {
+      ctx->saved_data["size"] = c10::IValue(y.sym_sizes());
+      ctx->saved_data["dtype"] = y.scalar_type();
+      return *sums;
+    }
+    static variable_list backward(AutogradContext* ctx, variable_list grad) {
+      const auto size = ctx->saved_data["size"].toSymIntVector();
+      return {grad[0].to(ctx->saved_data["dtype"].toScalarType()).unsqueeze(-1).unsqueeze(-1).expand_symint(size),
+              Tensor()};
+    }
+  };
+  static Outputs autograd(Args... args) {
+    if (under_transform() || (has_tangent(args) || ...)) return formula(args...);
+    const auto compute = [&] {
+      at::AutoDispatchBelowADInplaceOrView guard;
+      return call(args...);
+    };
+    const auto [y, sums] = compute();
+    if (!(at::GradMode::is_enabled() && (wants_grad(args) || ...))) return {y, sums};
+    const Tensor output = Plain::Node::apply(&y, args...);
+    return {output, Sum::apply(output, &sums)};
+  }
+  template <at::DeviceType kDevice>
+  static Outputs autocast(Args... args) {
+    c10::impl::ExcludeDispatchKeyGuard guard(at::autocast::get_autocast_dispatch_key_from_device_type(kDevice));
+    return call(at::autocast::cached_cast(at::autocast::get_autocast_dtype(kDevice), args, kDevice)...);
+  }
+};
+using Sums = WithSums<>;
+
+TORCH_LIBRARY_FRAGMENT(convblocks, m) {
+  const std::string schema(DepthwiseConv2d::schema);
+  const std::string outputs = schema.substr(0, schema.rfind("->")) + "-> (Tensor, Tensor)";
+  Sums::Plain::define_once(m, Sums::name, outputs.c_str(), {at::Tag::pt2_compliant_tag, at::Tag::flexible_layout});
+}
+TORCH_LIBRARY_IMPL(convblocks, CPU, m) { m.impl(Sums::name, Sums::forward); }
+TORCH_LIBRARY_IMPL(convblocks, CUDA, m) { m.impl(Sums::name, Sums::forward); }
+TORCH_LIBRARY_IMPL(convblocks, CompositeExplicitAutograd, m) { m.impl(Sums::name, Sums::formula); }
+TORCH_LIBRARY_IMPL(convblocks, Meta, m) { m.impl(Sums::name, Sums::meta); }
+TORCH_LIBRARY_IMPL(convblocks, Autograd, m) { m.impl(Sums::name, Sums::autograd); }
+TORCH_LIBRARY_IMPL(convblocks, AutocastCPU, m) { m.impl(Sums::name, Sums::autocast<at::kCPU>); }
+TORCH_LIBRARY_IMPL(convblocks, AutocastCUDA, m) { m.impl(Sums::name, Sums::autocast<at::kCUDA>); }
+TORCH_LIBRARY_IMPL(convblocks, FuncTorchBatched, m) { m.impl(Sums::name, Sums::formula); }
 
 }  // namespace convblocks

@@ -25,7 +25,8 @@ struct DepthwiseConv2dArgs {
   DepthwiseConv2dShape shape;
   DepthwiseConv2dWeights weights;
   Map x;
-  Map y;  // x's layout, dense
+  Map y;       // x's layout, dense
+  void* sums;  // of the pixels of each plane of y, (n, c * multiplier) as the sums are computed; or null
 };
 
 struct DepthwiseConv2dBackwardArgs {

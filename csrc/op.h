@@ -237,7 +237,8 @@ struct Operator<Op, Tensor (*)(Args...), Gradient (*)(BackwardArgs...)> {
   template <class T>
   using Kept = std::conditional_t<std::is_same_v<T, at::TensorList>, c10::SymIntArrayRef, T>;
   struct Node : torch::autograd::Function<Node> {
-    static Tensor forward(AutogradContext* ctx, Args... args) {
+    // `known`: the output, if it has been computed before; else null.
+    static Tensor forward(AutogradContext* ctx, const Tensor* known, Args... args) {
       variable_list saved;
       size_t i = 0;
       auto keep = [&](const auto& arg) {
@@ -259,6 +260,7 @@ struct Operator<Op, Tensor (*)(Args...), Gradient (*)(BackwardArgs...)> {
       };
       (keep(args), ...);
       ctx->save_for_backward(std::move(saved));
+      if (known) return *known;
       at::AutoDispatchBelowADInplaceOrView guard;
       return call(args...);
     }
@@ -296,9 +298,10 @@ struct Operator<Op, Tensor (*)(Args...), Gradient (*)(BackwardArgs...)> {
           args));
       if constexpr (many) {
         grads.resize(grads.size() + sizeof...(Args) - 1);  // none for the other arguments
+        grads.insert(grads.begin(), Tensor());             // nor for `known`
         return grads;
       }
-      variable_list result;
+      variable_list result{Tensor()};
       tensor = 0;
       ((result.push_back(is_tensor_argument<Args> && (linear || saved[tensor].defined()) ? grads[tensor] : Tensor()),
         tensor += is_tensor_argument<Args>),
@@ -314,7 +317,7 @@ struct Operator<Op, Tensor (*)(Args...), Gradient (*)(BackwardArgs...)> {
       return call(args...);
     }
     if ((is_missing(args) || ...)) Op::check(args...);  // which says so; autograd would crash
-    return Node::apply(args...);
+    return Node::apply(static_cast<const Tensor*>(nullptr), args...);
   }
   static Gradient backward_autograd(BackwardArgs... args) {
     if (under_transform() || (has_tangent(args) || ...) || (at::GradMode::is_enabled() && (wants_grad(args) || ...))) {

@@ -40,6 +40,22 @@ def depthwise_conv2d(
         return _run_forward(conv, None, activation)
 
 
+def depthwise_conv2d_sums(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    stride: Sequence[int],
+    padding: Sequence[int],
+    dilation: Sequence[int],
+    activation: str,
+) -> tuple[Tensor, Tensor]:
+    conv = Convolution(x, weight, bias, stride, padding, dilation)
+    sums = conv.maps.sums(conv.maps.n, conv.channels)
+    with torch.cuda.device_of(x):
+        y = _run_forward(conv, None, activation, sums)
+    return y, sums
+
+
 def depthwise_conv2d_backward(
     grad: Tensor,
     x: Tensor,
@@ -84,9 +100,11 @@ def depthwise_conv2d_backward(
     return grad_x, grad_weight, x.new_empty(0) if grad_bias is None else grad_bias
 
 
-def _run_forward(conv: Convolution, grad: Tensor | None, activation: str) -> Tensor:
-    """The result; or with its gradient, the inner gradient."""
+def _run_forward(conv: Convolution, grad: Tensor | None, activation: str, sums: Tensor | None = None) -> Tensor:
+    """The result, and the sums of its planes if they are asked for; or with its gradient, the inner gradient."""
     y, t = conv.empty(), conv.forward_tiling()
+    tiles = t.blocks[1] * t.blocks[2]  # of a plane
+    shares = sums if sums is None or tiles == 1 else conv.maps.sums(tiles, *sums.shape)
     none: list[Any] = [None, 0, 0]
     gradient, vector = (none, conv.vector) if grad is None else conv.gradient(grad)
     if y.numel():
@@ -96,12 +114,16 @@ def _run_forward(conv: Convolution, grad: Tensor | None, activation: str) -> Ten
             conv.weight,
             conv.bias,
             y,
+            shares,
             *conv.sizes,
             *t.blocks,
             ACTIVATION=activation,
             VEC=vector,
             **t.constants,
         )
+        if sums is not None and shares is not sums:
+            block = min(64, power_of_2(sums.numel()))
+            _sums[(triton.cdiv(sums.numel(), block),)](shares, sums, tiles, sums.numel(), BLOCK=block)
     return y
 
 
@@ -187,16 +209,18 @@ def _convolve(
 
 @kernel
 def _forward(
-    x, x_batch, x_stride, g, g_batch, g_stride, weight, bias, y, N, C, H, W, OH, OW, c_blocks, h_blocks, w_blocks,
+    x, x_batch, x_stride, g, g_batch, g_stride, weight, bias, y, shares,
+    N, C, H, W, OH, OW, c_blocks, h_blocks, w_blocks,
     MULTIPLIER: tl.constexpr, KH: tl.constexpr, KW: tl.constexpr, SH: tl.constexpr, SW: tl.constexpr,
     DH: tl.constexpr, DW: tl.constexpr, TOP: tl.constexpr, LEFT: tl.constexpr, ACTIVATION: tl.constexpr,
     VEC: tl.constexpr, CHANNELS_LAST: tl.constexpr,
     BLOCK_N: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK_H: tl.constexpr, BLOCK_W: tl.constexpr,
 ):  # fmt: skip
-    """One program: a tile of the result, of its C channels; with its gradient g, of the inner gradient instead."""
-    n, c, h_block, w_block, _ = _split(c_blocks, h_blocks, w_blocks, CHANNELS_LAST, BLOCK_N, BLOCK_C)
+    """One program: a tile of the result, of its C channels, and its share of the sums of their planes; or with the
+    gradient g of the result, a tile of the inner gradient."""
+    first, c, h_block, w_block, _ = _split(c_blocks, h_blocks, w_blocks, CHANNELS_LAST, BLOCK_N, BLOCK_C)
     sample, row, column = _pixels(BLOCK_N, BLOCK_H, BLOCK_W)
-    n += sample
+    n = first + sample
     row += h_block * BLOCK_H
     column += w_block * BLOCK_W
     c_mask = c < (aligned(C, VEC) if CHANNELS_LAST else C)
@@ -217,6 +241,11 @@ def _forward(
     row_pitch, column_pitch = _pitches(OW, stride, VEC, CHANNELS_LAST)
     y += _plane(n, c, C.to(tl.int64) * OH * OW, stride, VEC, CHANNELS_LAST)
     store(y + row * row_pitch + column * column_pitch, result, mask)
+    if shares is not None:
+        own = tl.reshape(tl.where(mask, result, 0.0), (BLOCK_C, BLOCK_N, BLOCK_H * BLOCK_W))
+        n = first + tl.arange(0, BLOCK_N)[None, :]
+        at = shares + ((h_block * w_blocks + w_block) * N.to(tl.int64) + n) * C + c
+        store(at, tl.sum(own, 2), (n < N) & (c < C))
 
 
 @triton.jit
@@ -327,17 +356,29 @@ def _backward(
     store(grad_x + x_row * row_pitch + x_column * column_pitch, gradient, x_mask)
 
 
+@triton.jit
+def _total(shares, i, count, size):
+    """Adds up number i of all shares, each of ``size`` numbers."""
+    total = tl.zeros((ROWS, i.shape[1]), shares.dtype.element_ty)
+    for first in range(0, count, ROWS):
+        share = first + tl.arange(0, ROWS)[:, None]
+        total += load(shares + share.to(tl.int64) * size + i, (share < count) & (i < size))
+    return tl.sum(total, 0, keep_dims=True)
+
+
 @kernel
 def _grad_weight(shares, grad_weight, grad_bias, count, C, TAPS: tl.constexpr, BLOCK: tl.constexpr):
     """One program: adds up all shares of a block of taps x channels, of which the last tap is the bias."""
     i = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)[None, :]
-    size = (TAPS + 1) * C
-    total = tl.zeros((ROWS, BLOCK), shares.dtype.element_ty)
-    for first in range(0, count, ROWS):
-        share = first + tl.arange(0, ROWS)[:, None]
-        total += load(shares + share.to(tl.int64) * size + i, (share < count) & (i < size))
-    result = tl.sum(total, 0, keep_dims=True)
+    result = _total(shares, i, count, (TAPS + 1) * C)
     tap = i // C
     store(grad_weight + (i % C).to(tl.int64) * TAPS + tap, result, tap < TAPS)
     if grad_bias is not None:
         store(grad_bias + i % C, result, tap == TAPS)
+
+
+@kernel
+def _sums(shares, sums, count, size, BLOCK: tl.constexpr):
+    """One program: adds up all shares of a block of sums."""
+    i = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)[None, :]
+    store(sums + i, _total(shares, i, count, size), i < size)

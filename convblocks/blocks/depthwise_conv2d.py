@@ -114,8 +114,15 @@ class DepthwiseConv2d(nn.Conv2d):
         x, padding = (input[None] if input.dim() == 3 else input), "same" if self.same else self.padding
         if self.padding_mode != "zeros":
             x, padding = F.pad(x, self._reversed_padding_repeated_twice, self.padding_mode), (0, 0)
-        options: dict[str, Any] = {"stride": self.stride, "padding": padding, "dilation": self.dilation}
-        y = depthwise_conv2d(x, weight, bias, **options, activation=self.activation_name)
+        y = depthwise_conv2d(
+            x,
+            weight,
+            bias,
+            stride=self.stride,
+            padding=padding,
+            dilation=self.dilation,
+            activation=self.activation_name,
+        )
         return y[0] if input.dim() == 3 else y
 
     def extra_repr(self) -> str:

@@ -1,8 +1,9 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, Literal, overload
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor
 
@@ -94,7 +95,14 @@ def four(padding: Padding, x: Tensor, weight: Tensor, stride: Sequence[int], dil
 
 
 def _arguments(
-    x: Tensor, weight: Tensor, bias: Tensor | None, stride: Pair, padding: Padding, dilation: Pair, activation: str
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    stride: Pair,
+    padding: Padding,
+    dilation: Pair,
+    activation: str,
+    sums: bool = False,  # says which of the operators
 ) -> tuple[Any, ...]:
     stride, dilation = _pair(stride), _pair(dilation)
     return x, weight, bias, stride, four(padding, x, weight, stride, dilation), dilation, activation
@@ -118,15 +126,59 @@ def reference(
     return ACTIVATIONS[activation](y)
 
 
+def _reference_with_sums(*args: Any) -> tuple[Tensor, Tensor]:
+    y = reference(*args)
+    return y, y.sum((2, 3), dtype=torch.promote_types(y.dtype, torch.float32))
+
+
+_INPUTS = (
+    "Tensor x, Tensor weight, Tensor? bias, SymInt[2] stride, SymInt[4] padding, SymInt[2] dilation, str activation"
+)
 operator = Operator(
     "depthwise_conv2d",
-    "(Tensor x, Tensor weight, Tensor? bias, SymInt[2] stride, SymInt[4] padding, SymInt[2] dilation, str activation)"
-    " -> Tensor",
+    f"({_INPUTS}) -> Tensor",
     check,
     reference,
     output_size=output_size,
     arguments=_arguments,
 )
+operator_with_sums = Operator(
+    "depthwise_conv2d_sums",
+    f"({_INPUTS}) -> (Tensor, Tensor)",
+    check,
+    _reference_with_sums,
+    output_size=output_size,
+    arguments=_arguments,
+    variant_of="depthwise_conv2d",
+)
+
+
+@overload
+def depthwise_conv2d(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None = ...,
+    *,
+    stride: Pair = ...,
+    padding: Padding = ...,
+    dilation: Pair = ...,
+    activation: str = ...,
+    sums: Literal[False] = ...,
+) -> Tensor: ...
+
+
+@overload
+def depthwise_conv2d(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None = ...,
+    *,
+    stride: Pair = ...,
+    padding: Padding = ...,
+    dilation: Pair = ...,
+    activation: str = ...,
+    sums: Literal[True],
+) -> tuple[Tensor, Tensor]: ...
 
 
 def depthwise_conv2d(
@@ -138,7 +190,8 @@ def depthwise_conv2d(
     padding: Padding = 0,
     dilation: Pair = 1,
     activation: str = "none",
-) -> Tensor:
+    sums: bool = False,
+) -> Tensor | tuple[Tensor, Tensor]:
     """Depthwise convolution: each channel with filters of its own, then bias and activation, in one pass.
 
     ``y = act(torch.nn.functional.conv2d(x, weight, bias, stride, padding, dilation, groups=C))``, with any kernel size
@@ -154,12 +207,15 @@ def depthwise_conv2d(
             is odd to the right and the bottom; "valid" does not pad.
         dilation: one number, or two for height and width.
         activation: "none", "relu", "relu6", "silu", "gelu", "gelu_tanh", "hardswish" or "leaky_relu" (slope 0.01).
+        sums: also returns the sum of each plane of the result, taken while it is computed: what a
+            squeeze-and-excitation behind it asks for, without another pass.
 
         Weight and bias are of one dtype: that of x, or float32 with a half-precision x. Under autocast all are cast, as
         for torch's convolutions.
 
     Returns:
-        (N, C * m, H', W') in the memory format of x.
+        (N, C * m, H', W') in the memory format of x; with ``sums`` a pair, of it and of its sums:
+        (N, C * m), float32, or float64 of a float64 x.
 
     Raises:
         ValueError: a wrong rank or size, a kernel larger than the padded input, or an unknown activation or padding.
@@ -170,4 +226,9 @@ def depthwise_conv2d(
         >>> x, weight = torch.randn(2, 32, 56, 56), torch.randn(32, 1, 3, 3)
         >>> y = convblocks.ops.depthwise_conv2d(x, weight, stride=2, padding=1, activation="relu6")
     """
-    return operator(*_arguments(x, weight, bias, stride, padding, dilation, activation))
+    arguments = _arguments(x, weight, bias, stride, padding, dilation, activation)
+    if not sums:
+        return operator(*arguments)
+    outputs: Any = operator_with_sums(*arguments)
+    y, total = outputs
+    return y, total

@@ -41,13 +41,15 @@ class Operator:
         name: str,
         schema: str,
         check: Callable[..., None],
-        reference: Callable[..., Tensor],
+        reference: Callable[..., Any],
         *,
         linear: bool = False,  # in its maps, its only tensors: the backward takes no map
         check_backward: Callable[..., None] | None = None,  # of one that takes a list of maps
         output_size: Callable[..., Sequence[int]] = lambda x, *args: x.shape,
         arguments: Callable[..., tuple[Any, ...]] = lambda *args: args,  # those of the dispatcher from a call's
+        variant_of: str = "",  # the operation that it is with outputs besides, and whose gradients it takes
     ) -> None:
+        self.variant_of = variant_of
         self.name, self.check, self.reference, self.linear = name, check, reference, linear
         self.output_size, self.arguments, self._check_backward = output_size, arguments, check_backward
         backends.load_extension()
@@ -67,7 +69,8 @@ class Operator:
 
     def run_on(self, backend: str, args: Sequence[Any]) -> Tensor:
         if backend == "reference":
-            return self.run_reference(*args)
+            expected: Tensor = self.run_reference(*args)
+            return expected
         reason = backends.why_not(self.name, backend, first_map(args[0]))
         if reason is not None:
             raise RuntimeError(f"{self.name}: expected to run on backend {backend}, got none: {reason}")
@@ -82,9 +85,11 @@ class Operator:
         self.check(*args)
         checks.gradient(self.name, grad, args[0], self.output_size(*args))
 
-    def run_reference(self, *args: Any) -> Tensor:
+    def run_reference(self, *args: Any) -> Any:
         self.check(*args)
-        y, layout = self.reference(*args), memory_format(first_map(args[0]))
+        result, layout = self.reference(*args), memory_format(first_map(args[0]))
+        y, *others = result if self.variant_of else (result,)
         # A map of one channel or one pixel is contiguous in both formats, whichever of their strides it has.
         both = y.shape[1] == 1 or y.shape[2:] == (1, 1)
-        return y.clone(memory_format=layout) if both else y.contiguous(memory_format=layout)
+        y = y.clone(memory_format=layout) if both else y.contiguous(memory_format=layout)
+        return (y, *others) if self.variant_of else y

@@ -24,6 +24,7 @@ struct Planes {
   float bias[P];
   int64_t h, w, out_h, out_w, top, left;
   Activation activation;
+  float* sums[P];  // of the results of each plane; or null
 
   // The lanes from `begin` to `end` of so many.
   static uint32_t lanes(int64_t begin, int64_t end, int width) {
@@ -40,6 +41,10 @@ struct Planes {
     if constexpr (P == 1) return (VecF)_mm512_maskz_loadu_ps(mask, in[0] + offset);
     const __m512 low = _mm512_castps256_ps512(_mm256_maskz_loadu_ps(mask, in[0] + offset));
     return (VecF)_mm512_insertf32x8(low, _mm256_maskz_loadu_ps(mask, in[P - 1] + offset), 1);
+  }
+  // Of both planes, the lanes in the mask; zeros else.
+  static VecF select(VecF v, uint32_t mask) {
+    return (VecF)_mm512_maskz_mov_ps(P == 1 ? mask : mask | mask << kWidth, (__m512)v);
   }
   void store(int64_t offset, VecF v, uint32_t mask) const {
     if constexpr (P == 1) {
@@ -88,6 +93,7 @@ struct Planes {
     CONVBLOCKS_UNROLL
     for (int t = 0; t < K * K; t++) tap[t] = both([&](int p) { return weight[p][t]; });
     const VecF start = both([&](int p) { return bias[p]; });
+    VecF total{};
     for (int64_t column = 0; column < out_w; column += kWidth) {
       const uint32_t written = lanes(0, out_w - column, kWidth);
       for (int64_t row = 0; row < out_h; row += kRows) {
@@ -113,14 +119,27 @@ struct Planes {
         for (int r = 0; r < kRows; r++) {
           if (row + r < out_h) store((row + r) * out_w + column, acc[r], written);
         }
+        if (sums[0]) {
+          VecF sum{};
+          CONVBLOCKS_UNROLL
+          for (int r = 0; r < kRows; r++) sum += row + r < out_h ? acc[r] : VecF{};
+          total += select(sum, written);
+        }
       }
+    }
+    if (!sums[0]) return;
+    CONVBLOCKS_UNROLL
+    for (int p = 0; p < P; p++) {
+      float sum = 0;
+      for (int t = 0; t < kWidth; t++) sum += total[p * kWidth + t];
+      *sums[p] = sum;
     }
   }
 };
 
 template <int P, int K>
 void convolve_planes(const Context& context, const DepthwiseConv2dShape& s, const float* weight, const float* bias,
-                     Activation activation, const Map& x, const Map& y) {
+                     Activation activation, const Map& x, const Map& y, float* sums) {
   const int64_t planes = s.c * s.multiplier, groups = (planes + P - 1) / P;
   const int64_t grain = std::max<int64_t>(1, 4096 / (s.out_h * s.out_w * P));
   parallel_for(context, s.n * groups, grain, [&](int64_t begin, int64_t end) {
@@ -135,6 +154,7 @@ void convolve_planes(const Context& context, const DepthwiseConv2dShape& s, cons
         group.out[p] = static_cast<float*>(y.data) + sample * y.batch + plane * y.channel;
         group.weight[p] = weight + plane * K * K;
         group.bias[p] = bias ? bias[plane] : 0;
+        group.sums[p] = sums ? sums + sample * planes + plane : nullptr;
       }
       s.stride_w == 1 ? group.template convolve<1>() : group.template convolve<2>();
     }
@@ -142,10 +162,10 @@ void convolve_planes(const Context& context, const DepthwiseConv2dShape& s, cons
 }
 
 inline void convolve_planes(const Context& context, const DepthwiseConv2dShape& s, const float* weight,
-                            const float* bias, Activation activation, const Map& x, const Map& y) {
+                            const float* bias, Activation activation, const Map& x, const Map& y, float* sums) {
   const auto run = [&]<int K>(std::integral_constant<int, K>) {
     auto convolve = s.out_w <= Planes<2, K>::kWidth ? convolve_planes<2, K> : convolve_planes<1, K>;
-    convolve(context, s, weight, bias, activation, x, y);
+    convolve(context, s, weight, bias, activation, x, y, sums);
   };
   if (s.kernel_h == 3) return run(std::integral_constant<int, 3>{});
   if (s.kernel_h == 5) return run(std::integral_constant<int, 5>{});
@@ -154,7 +174,7 @@ inline void convolve_planes(const Context& context, const DepthwiseConv2dShape& 
 #else
 inline bool planes_fit(const DepthwiseConv2dShape&, const Map&, const Map&) { return false; }
 inline void convolve_planes(const Context&, const DepthwiseConv2dShape&, const float*, const float*, Activation,
-                            const Map&, const Map&) {}
+                            const Map&, const Map&, float*) {}
 #endif
 
 }  // namespace convblocks::cpu

@@ -25,6 +25,7 @@ struct Row {
   int64_t out_pixel, count;
   bool add;  // to what stands in out
   Activation activation;
+  A* sums = nullptr;  // to which the results are added, a vector for each block of channels; or null
 };
 
 template <class A, int T>
@@ -56,6 +57,7 @@ void convolve_tile(const Row<S, D>& r, int64_t t0, int64_t channels) {
   const int count = static_cast<int>(std::min<int64_t>(T, r.count - t0));
   const int64_t first = r.first + t0 * r.stride;
   const A *weights = r.weight, *bias = r.bias;
+  A* sums = r.sums;
   D* const out = r.out + t0 * r.out_pixel;
   for (int64_t c = 0; c < channels; c += L, weights += r.weight_block) {
     const int64_t channel = std::min(c, channels - L);  // the last block overlaps the one before
@@ -100,6 +102,13 @@ void convolve_tile(const Row<S, D>& r, int64_t t0, int64_t channels) {
     CONVBLOCKS_UNROLL
     for (int t = 0; t < T; t++) {
       if (t < count) store(out + t * r.out_pixel + channel, acc[t]);
+    }
+    if (sums) {
+      V sum{};
+      CONVBLOCKS_UNROLL
+      for (int t = 0; t < T; t++) sum += t < count ? acc[t] : V{};
+      store(sums, load(sums) + sum);
+      sums += L;
     }
   }
 }

@@ -3,6 +3,7 @@
 #include "../depthwise_conv2d.h"
 
 #include "depthwise.h"
+#include "reduce.h"
 
 namespace convblocks::cuda {
 namespace depthwise {
@@ -30,7 +31,7 @@ struct Conv {
 template <int K, int S, class T>
 __global__ void __launch_bounds__(kThreads, 1)
     forward_kernel(Tiling t, Planes<const T> x, Planes<T> y, Parameter<T> weight, Parameter<T> bias, bool vectors,
-                   Activation activation) {
+                   Activation activation, Acc<T>* shares) {
   using A = Acc<T>;
   CB_DYN_SHARED(A, shared);
   const Tile<A> tile(t, shared, (t.height - 1) * S + K, (t.width - 1) * S + K);
@@ -50,9 +51,10 @@ __global__ void __launch_bounds__(kThreads, 1)
     fill<1>(tile, x, t.channels_last, sample, first, t.all_channels - first, in_row, in_column, t.h, t.w);
   __syncthreads();
   const Lane lane(t);
-  if (first + lane.channel >= t.all_channels) return;
-  const bool finite = filters.finite(lane.channel);
-  for (int i = lane.slot; i < t.width * (t.height / kRows); i += t.threads) {
+  const bool is_there = first + lane.channel < t.all_channels, finite = is_there && filters.finite(lane.channel);
+  const int items = t.width * (t.height / kRows);
+  A total[1] = {};
+  for (int i = is_there ? lane.slot : items; i < items; i += t.threads) {
     const int at = i / t.width * kRows, out_column = i % t.width;
     if (row + at >= t.out_h || column + out_column >= t.out_w) continue;
     A z[kRows];
@@ -60,11 +62,42 @@ __global__ void __launch_bounds__(kThreads, 1)
                    in_column + out_column * S, t.h, t.w, z);
 #pragma unroll
     for (int r = 0; r < kRows; r++) {
-      if (row + at + r < t.out_h)
-        *y.at(sample, first + lane.channel, int64_t{row + at + r} * t.out_w + column + out_column) =
-            static_cast<T>(activate(z[r], activation));
+      if (row + at + r >= t.out_h) continue;
+      const A result = activate(z[r], activation);
+      *y.at(sample, first + lane.channel, int64_t{row + at + r} * t.out_w + column + out_column) =
+          static_cast<T>(result);
+      total[0] += result;
     }
   }
+  if (!shares) return;
+  __syncthreads();
+  team_reduce(total, t.channels_last ? t.channels : 1, shared + threadIdx.y * (blockDim.x / 32));
+  if (lane.slot == 0 && is_there)
+    shares[(int64_t{place} * t.samples + sample) * t.all_channels + first + lane.channel] = total[0];
+}
+
+// The sums of the pixels of planes.
+template <class T>
+__global__ void __launch_bounds__(kThreads, 1)
+    sum_kernel(Planes<const T> map, int channels, int pixels, bool channels_last, Acc<T>* sums) {
+  using A = Acc<T>;
+  __shared__ A shared[kThreads];
+  const int width = channels_last ? 32 : 1, groups = (channels + width - 1) / width;
+  const int64_t sample = blockIdx.x / groups;
+  const int channel = blockIdx.x % groups * width + threadIdx.x % width;
+  A total[1] = {};
+  for (int i = channel < channels ? threadIdx.x / width : pixels; i < pixels; i += kThreads / width)
+    total[0] += static_cast<A>(*map.at(sample, channel, i));
+  team_reduce(total, width, shared);
+  if (static_cast<int>(threadIdx.x) < width && channel < channels) sums[sample * channels + channel] = total[0];
+}
+
+template <class T>
+void sum(const Context& context, const Map& map, int64_t samples, int64_t channels, int64_t pixels, bool channels_last,
+         Acc<T>* sums) {
+  const int64_t groups = ceil_div(channels, channels_last ? 32 : 1);
+  CB_LAUNCH((sum_kernel<T>), static_cast<unsigned>(samples * groups), kThreads, 0, stream_of(context),
+            Planes<const T>(map), static_cast<int>(channels), static_cast<int>(pixels), channels_last, sums);
 }
 
 // --- any filter ---------------------------------------------------------------------------------------------------------
@@ -205,19 +238,26 @@ const char* run(const Context& context, const DepthwiseConv2dArgs& args) {
   const Planes<T> y(args.y);
   const Parameter<T> weight(args.weights.weight, args.weights.dtype), bias(args.weights.bias, args.weights.dtype);
   const Activation activation = args.weights.activation;
+  Acc<T>* const sums = static_cast<Acc<T>*>(args.sums);
+  const int64_t channels = args.shape.c * args.shape.multiplier;
   if constexpr (sizeof(T) < 8) {
     const bool done =
         with_filter(args.shape, [&]<int K, int S>(std::integral_constant<int, K>, std::integral_constant<int, S>) {
           using A = Acc<T>;
-          const auto bytes = [](const Tiling& t) {
+          const auto bytes = [&](const Tiling& t) {
             const Tile<A> tile(t, nullptr, (t.height - 1) * S + K, (t.width - 1) * S + K);
-            return int64_t{tile.size() + Filters<K, A>::size(t)} * static_cast<int64_t>(sizeof(A));
+            const int reduce = sums ? kThreads / 32 * (channels_last ? t.channels : 1) : 0;
+            return int64_t{std::max(tile.size() + Filters<K, A>::size(t), reduce)} * static_cast<int64_t>(sizeof(A));
           };
           Tiling t;
           if (!find_tiling<T>(args.shape, channels_last, 0, bytes, t) || t.pieces() * t.groups >= int64_t{1} << 31)
             return false;
+          const int64_t places = int64_t{t.rows} * t.columns, planes = t.samples * channels;
+          A* const shares =
+              sums && places > 1 ? static_cast<A*>(context.workspace(context, places * planes * sizeof(A))) : sums;
           CB_LAUNCH((forward_kernel<K, S, T>), static_cast<unsigned>(t.pieces() * t.groups), t.block(), bytes(t),
-                    stream_of(context), t, x, y, weight, bias, aligned<T>(args.x, t, t.w), activation);
+                    stream_of(context), t, x, y, weight, bias, aligned<T>(args.x, t, t.w), activation, shares);
+          if (shares != sums) sum<A>(context, {shares, 0, 1, planes}, 1, planes, places, true, sums);
           return true;
         });
     if (done) return launch_error();
@@ -228,6 +268,7 @@ const char* run(const Context& context, const DepthwiseConv2dArgs& args) {
   if (blocks >= int64_t{1} << 31) return "more than 2^39 results";
   CB_LAUNCH((any_forward_kernel<T, T>), static_cast<unsigned>(blocks), kThreads, 0, stream_of(context), s, x,
             Planes<const T>({}), y, weight, bias, activation, channels_last);
+  if (sums) sum<T>(context, args.y, s.n, channels, s.windows(), channels_last, sums);
   return launch_error();
 }
 

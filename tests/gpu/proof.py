@@ -14,6 +14,7 @@ from convblocks.accuracy import run
 from convblocks.opinfo import LAYOUTS, OPS, OpInfo, Options, Size
 from tests.gpu.traffic import Traffic
 from tests.ops.common import accuracy, backward_operands, dtype_pairs, operands, operator, with_grad
+from tests.ops.variants import WITH_SUMS
 
 Watch = Callable[..., AbstractContextManager[Traffic]]
 
@@ -21,7 +22,7 @@ each_case = pytest.mark.parametrize(
     ("info", "options", "dtype", "parameter_dtype"),
     [
         pytest.param(info, o, *dtypes, id=f"{info.name}-{i}-{'-'.join(str(d).removeprefix('torch.') for d in dtypes)}")
-        for info in OPS.values()
+        for info in (*OPS.values(), WITH_SUMS)
         for i, o in enumerate(info.options)
         for dtypes in dtype_pairs(info)
     ],
