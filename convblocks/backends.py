@@ -122,7 +122,7 @@ class _Triton:
             def run(*args: Any) -> Any:
                 module = importlib.import_module(f"convblocks.kernels.{name}")
                 operator = operators[name]
-                (operator.check_backward if suffix else operator.check)(*args)
+                (operator.check_backward if suffix == "_backward" else operator.check)(*args)
                 return getattr(module, f"{name}{suffix}")(*args)
 
             return run
@@ -130,8 +130,8 @@ class _Triton:
         library = library or self._lasting
         with warnings.catch_warnings():
             warnings.filterwarnings("ignore", message=".*Overriding a previously registered kernel.*")
-            library.impl(name, kernel(""), key)
-            library.impl(f"{name}_backward", kernel("_backward"), key)
+            for suffix in ("", "_backward", "_") if operators[name].inplace else ("", "_backward"):
+                library.impl(f"{name}{suffix}", kernel(suffix), key)
 
     def take_place(self, wanted: bool) -> None:
         """Of the device's kernels, while it is wanted."""
