@@ -170,7 +170,7 @@ __device__ void add_vector(A* sums, F f) {
 // Calls f(k, vector k of each map) for the vectors of a thread, with several loads under way at a time.
 template <int V, class T, int K, class F>
 __device__ void for_each_vectors(const Place& at, const View<const T> (&maps)[K], F f) {
-  constexpr int kBatch = (V > 1 ? 4 : 8) / (K > 1 ? 2 : 1);
+  constexpr int kBatch = (V > 1 ? 4 : 8) / (K > 2 ? 4 : K);
   const T* p[K];
 #pragma unroll
   for (int m = 0; m < K; m++) p[m] = at.in(maps[m]);
