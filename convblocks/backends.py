@@ -122,7 +122,7 @@ class _Triton:
             def run(*args: Any) -> Any:
                 operator = operators[name]
                 module = importlib.import_module(f"convblocks.kernels.{operator.variant_of or name}")
-                (operator.check_backward if suffix else operator.check)(*args)
+                (operator.check_backward if suffix == "_backward" else operator.check)(*args)
                 return getattr(module, f"{name}{suffix}")(*args)
 
             return run
@@ -130,9 +130,13 @@ class _Triton:
         library = library or self._lasting
         with warnings.catch_warnings():
             warnings.filterwarnings("ignore", message=".*Overriding a previously registered kernel.*")
-            library.impl(name, kernel(""), key)
-            if not operators[name].variant_of:
-                library.impl(f"{name}_backward", kernel("_backward"), key)
+            suffixes = ["", "_backward"]
+            if operators[name].variant_of:
+                suffixes = [""]
+            elif operators[name].inplace:
+                suffixes.append("_")
+            for suffix in suffixes:
+                library.impl(f"{name}{suffix}", kernel(suffix), key)
 
     def take_place(self, wanted: bool) -> None:
         """Of the device's kernels, while it is wanted."""

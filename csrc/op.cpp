@@ -46,12 +46,12 @@ void check_same_dtype(const char* op, const char* name, const std::optional<Tens
                    name_of(first.scalar_type()), " like ", first_name, ", got ", name_of(t->scalar_type()));
 }
 
-void check_grad(const char* op, const Tensor& grad, const Tensor& x, c10::SymIntArrayRef size) {
-  TORCH_CHECK_VALUE(grad.sym_sizes() == size, op, ": expected a gradient of size ", size, ", got ", size_of(grad));
-  TORCH_CHECK_TYPE(grad.scalar_type() == x.scalar_type(), op, ": expected a gradient of dtype ",
-                   name_of(x.scalar_type()), ", got ", name_of(grad.scalar_type()));
-  TORCH_CHECK(grad.device() == x.device(), op, ": expected a gradient on ", x.device(), " like the input, got ",
-              grad.device());
+void check_like(const char* op, const char* name, const Tensor& t, const Tensor& x, c10::SymIntArrayRef size) {
+  TORCH_CHECK_VALUE(t.sym_sizes() == size, op, ": expected ", name, " of size ", size, ", got ", size_of(t));
+  TORCH_CHECK_TYPE(t.scalar_type() == x.scalar_type(), op, ": expected ", name, " of dtype ", name_of(x.scalar_type()),
+                   ", got ", name_of(t.scalar_type()));
+  TORCH_CHECK(t.device() == x.device(), op, ": expected ", name, " on ", x.device(), " like the input, got ",
+              t.device());
 }
 
 int64_t check_one_of(const char* op, const char* argument, std::string_view value,

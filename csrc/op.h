@@ -20,7 +20,7 @@
 //
 //     static std::vector<c10::SymInt> output_size(const Tensor& x, double e_lambda);         // else that of x
 //     static constexpr bool autocasts = true;                         // computes, as convolutions do, in autocast's dtype
-//     static Grads empty_grads(const Tensor& grad, c10::SymIntArrayRef channels, ...);       // of a list of maps: always
+//     static Grads empty_grads(const Tensor& grad, ...);                  // of maps among the other arguments, or in a list
 #pragma once
 #include <ATen/TensorOperators.h>
 #include <ATen/autocast_mode.h>
@@ -52,7 +52,8 @@ void check_feature_map(const char* op, const Tensor& x);
 void check_parameter(const char* op, const char* name, const std::optional<Tensor>& t, const Tensor& x);
 void check_same_dtype(const char* op, const char* name, const std::optional<Tensor>& t, const char* first_name,
                       const Tensor& first);
-void check_grad(const char* op, const Tensor& grad, const Tensor& x, c10::SymIntArrayRef size);
+// A map of the input's dtype on its device: a gradient, or a second input.
+void check_like(const char* op, const char* name, const Tensor& t, const Tensor& x, c10::SymIntArrayRef size);
 // The place of value in names, or an error that lists them.
 int64_t check_one_of(const char* op, const char* argument, std::string_view value,
                      at::ArrayRef<std::string_view> names);
@@ -172,7 +173,7 @@ struct Operator<Op, Tensor (*)(Args...), Gradient (*)(BackwardArgs...)> {
   static const Tensor& first(const Args&... args) { return first_map(std::get<0>(std::tie(args...))); }
   static Tensor empty_output(Args... args) { return empty_map(first(args...), output_size(args...)); }
   static Grads empty_grads(BackwardArgs... args) {
-    if constexpr (many) return Op::empty_grads(args...);
+    if constexpr (requires { Op::empty_grads(args...); }) return Op::empty_grads(args...);
     Grads grads;
     if constexpr (linear)
       append_grad(grads, std::get<0>(std::tie(args...)));
@@ -186,7 +187,7 @@ struct Operator<Op, Tensor (*)(Args...), Gradient (*)(BackwardArgs...)> {
     } else {
       [](const Tensor& grad, const Tensor& x, const auto&... rest) {
         Op::check(x, rest...);
-        check_grad(Op::name, grad, x, output_size(x, rest...));
+        check_like(Op::name, "a gradient", grad, x, output_size(x, rest...));
       }(args...);
     }
   }

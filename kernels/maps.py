@@ -22,6 +22,7 @@ kernel = functools.partial(
     triton.jit,
     do_not_specialize=(
         *("N", "C", "HW", "K", "M", "x_batch", "x_stride", "g_batch", "g_stride", "y_batch", "y_stride"),
+        *("r_batch", "r_stride"),
         *("blocks", "chunk", "count", "first", "width", "apart"),
         *("H", "W", "OH", "OW", "c_blocks", "h_blocks", "w_blocks"),
     ),

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from torch import nn
 
-from convblocks.accelerate import fold, segmentation_models_pytorch, timm, torch, torchvision
+from convblocks.accelerate import folded, segmentation_models_pytorch, timm, torch, torchvision
 from convblocks.accelerate.rule import BACKENDS, replacement
 
 RULES = {
@@ -13,7 +13,7 @@ RULES = {
 
 
 def __getattr__(name: str) -> type[nn.Module]:
-    for rule in (*RULES.values(), *fold.RULES.values()):
+    for rule in (*RULES.values(), *folded.RULES.values()):
         for backend in BACKENDS:
             if name == (rule.name if backend == "auto" else f"{rule.name}_{backend}"):
                 return replacement(rule, backend)

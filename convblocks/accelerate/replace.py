@@ -17,6 +17,7 @@ from convblocks import backends
 from convblocks.accelerate import fold
 from convblocks.accelerate import verify as verification
 from convblocks.accelerate.classes import RULES
+from convblocks.accelerate.folded import Fold
 from convblocks.accelerate.report import Entry, Report
 from convblocks.accelerate.rule import (
     BACKENDS,
@@ -40,8 +41,9 @@ _WRAPPERS = {
 }
 
 
-def _candidates(model: nn.Module) -> Iterator[tuple[str, nn.Module, Rule, str | None]]:
-    """Modules of known classes, of subclasses of these, and scripted ones; with the reason why not if one is plain."""
+def _candidates(model: nn.Module, folds: dict[int, Fold]) -> Iterator[tuple[str, nn.Module, Rule, str | None]]:
+    """Modules of known classes, of subclasses of these, scripted ones, and the first layer of each fold; with the
+    reason why not if one is plain."""
     scripted = {rule.source.rpartition(".")[2]: rule for rule in RULES.values()}
     wrappers: list[tuple[str, str]] = []
     for name, module in model.named_modules():
@@ -54,10 +56,10 @@ def _candidates(model: nn.Module) -> Iterator[tuple[str, nn.Module, Rule, str | 
         if isinstance(module, torch.jit.ScriptModule):
             if module.original_name in scripted and scripted[module.original_name].applies(module):
                 yield name, module, scripted[module.original_name], "it is scripted or traced"
-        elif qualified_name(type(module)) in RULES:
-            rule = RULES[qualified_name(type(module))]
-            if rule.applies(module):
-                yield name, module, rule, inside
+        elif qualified_name(type(module)) in RULES and RULES[qualified_name(type(module))].applies(module):
+            yield name, module, RULES[qualified_name(type(module))], inside
+        elif id(module) in folds:
+            yield name, module, folds[id(module)].rule_of(module), inside
         else:
             bases = (qualified_name(base) for base in type(module).__mro__)
             found = next((RULES[base] for base in bases if base in RULES), None)
@@ -99,7 +101,8 @@ def _check(module: nn.Module, rule: Rule) -> None:
             raise Refused("the forward of the module is not one of its class")
     for name in rule.methods or ("forward",):
         method = getattr(type(module), name)
-        if f"{method.__module__}.{method.__qualname__}" != f"{rule.source}.{name}":
+        inherited = {f"{qualified_name(base)}.{name}" for base in type(module).__mro__}
+        if f"{method.__module__}.{method.__qualname__}" not in inherited:
             raise Refused("the forward of its class is overridden")
     rule.check(module)
     for name, part in parts:
@@ -127,21 +130,22 @@ def _plan(
     backend: str,
     verify: str,
     model: nn.Module,
-    found: fold.Fold | None,
+    found: Fold | None,
 ) -> tuple[Entry, Callable[[], None]]:
     """What will be done to a module, and the act itself; or raises Refused. Changes nothing."""
     _check(module, rule)
     cls = replacement(rule, backend)
     if type(module) is not cls.source:  # type: ignore[attr-defined]
         raise Refused(f"its class is another {rule.source} than the one that is imported")
-    options = {attribute: read(module) for attribute, read in rule.options.items()}
     # One without parameters is taken to run where the model does.
     every = itertools.chain(module.parameters(), model.parameters())
     parameter = next((p for p in every if p.dtype in FLOATING), torch.empty(0))
-    reason = backends.why_not(rule.operation, backend, parameter)
-    if reason is not None:
-        raise RuntimeError(f"accelerate: expected {rule.operation} to run on backend {backend}, got none: {reason}")
-    runs_on = backends.which(rule.operation, parameter) if backend == "auto" else backend
+    runs_on = "torch"
+    if rule.operation in backends.operators:
+        reason = backends.why_not(rule.operation, backend, parameter)
+        if reason is not None:
+            raise RuntimeError(f"accelerate: expected {rule.operation} to run on backend {backend}, got none: {reason}")
+        runs_on = backends.which(rule.operation, parameter) if backend == "auto" else backend
     entry = Entry(name, rule.source, rule.operation, runs_on, True, "")
     if found is not None:
         try:
@@ -149,10 +153,14 @@ def _plan(
                 _check_plain(layer, label)
             error = None if verify == "off" or parameter.is_meta else fold.error(found, backend)
         except Refused as e:
+            if rule is found.rule_of(module):
+                raise
             entry = replace(entry, reason=f"no norm is folded in: {e}")
         else:
-            remark = f"with {', '.join(list(found.layers)[1:])} folded in"
+            rest = ", ".join(list(found.layers)[1:])
+            remark = f"with {rest} folded in" if rest else "for inference"
             return replace(entry, reason=remark, error=error), partial(fold.become_one, found, backend)
+    options = {attribute: read(module) for attribute, read in rule.options.items()}
     if verify == "off":
         entry = replace(entry, reason=entry.reason or "not compared")
     elif parameter.is_meta:
@@ -190,7 +198,8 @@ def accelerate(
     Known classes: of timm SEModule, SqueezeExcite of the EfficientNets, SEModule of the legacy SENets,
     EffectiveSEModule, EseModule, EcaModule, CecaModule, Conv2dSame where it is depthwise, and Partial_conv3;
     SqueezeExcitation and the InvertedResidual of ShuffleNet V2 of torchvision; SEModule of segmentation_models_pytorch;
-    of torch itself ChannelShuffle, and Conv2d where it is depthwise.
+    of torch itself ChannelShuffle, and Conv2d where it is depthwise. With ``fold_bn`` also other Conv2d, BatchNorm2d and
+    timm's BatchNormAct2d.
 
     Call it after ``model.to(...)`` and before ``torch.compile``, ``torch.jit`` and ``fully_shard``.
     DistributedDataParallel may come before or after.
@@ -204,10 +213,12 @@ def accelerate(
             keeps these modules on that one.
         verify: "sample" compares the output and all gradients of each module with the original's, on copies and a
             small random input on its device and in its dtype, and leaves it where they do not agree. "off" does not.
-        fold_bn: folds a batch norm in eval mode, and the activation after it, into the depthwise convolution before it,
-            wherever no gradient is wanted: in a Sequential, and in the blocks of timm's EfficientNets and MobileNets.
-            All layers keep their parameters, and do their own in training. What the convolution alone gives is then
-            what the three give; a hook on one of them ends that.
+        fold_bn: folds each batch norm in eval mode into the convolution before it, wherever no gradient is wanted: in a
+            Sequential, and in the blocks of timm's and torchvision's EfficientNets, MobileNets, ResNets and DenseNets.
+            A depthwise one also takes in the activation after it; so does a norm that has no such convolution before
+            it, which is then one pass. All layers keep their parameters, and do their own in training. What the first
+            of them alone gives is then what all give; a hook on one of them ends that. The weights of a dense
+            convolution are folded again after each change, but one through ``.data`` only after ``train`` or ``eval``.
         dry_run: checks and reports only.
         strict: raises if a module that was asked for cannot be replaced, and replaces none.
 
@@ -235,7 +246,7 @@ def accelerate(
     acts: list[Callable[[], None]] = []
     missing: list[str] = []
     folds = fold.folds(model) if fold_bn else {}
-    for name, module, rule, reason in _candidates(model):
+    for name, module, rule, reason in _candidates(model, folds):
         asked = False
         if include is not None and not _matches(include, name, module):
             reason = "not in include"

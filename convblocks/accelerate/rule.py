@@ -8,6 +8,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from convblocks import backends
@@ -30,7 +31,7 @@ class Rule:
     Args:
         name: of the class that they become.
         source: the qualified name of their class. Whoever made a module has imported its library; nothing here does.
-        operation: what runs instead, a name in ``convblocks.ops``.
+        operation: what runs instead, a name in ``convblocks.ops``; or in ``torch.nn.functional``, if that runs.
         forward: makes the forward of the new class, given what runs the operation. It finds the old forward in
             ``self.unfused``.
         channels: the number of channels that a module takes.
@@ -112,14 +113,18 @@ def replacement(rule: Rule, backend: str) -> type[nn.Module]:
     """
     module, _, name = rule.source.rpartition(".")
     source = getattr(importlib.import_module(module), name)
-    operator = backends.operators[rule.operation]
-    forward = rule.forward(operator if backend == "auto" else _run_on(backend, operator))
+    operator = backends.operators.get(rule.operation)
+    if operator is None:
+        run = getattr(F, rule.operation)
+    else:
+        run = operator if backend == "auto" else _run_on(backend, operator)
+    forward = rule.forward(run)
     return type(
         rule.name if backend == "auto" else f"{rule.name}_{backend}",
         (Accelerated, source),
         {
             "__module__": "convblocks.accelerate.classes",
-            "__doc__": f"{rule.source} that runs convblocks.ops.{rule.operation}.",
+            "__doc__": f"{rule.source} that runs {rule.operation} in its place.",
             "rule": rule,
             "source": source,
             "forward": forward,

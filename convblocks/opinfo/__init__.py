@@ -6,12 +6,22 @@ from convblocks.opinfo import (
     depthwise_conv2d,
     eca,
     partial_conv2d,
+    scale_shift_act,
     simam,
     squeeze_excite,
 )
 from convblocks.opinfo.record import DTYPES, LAYOUTS, BadInput, OpInfo, Options, Sample, Size
 
-_MODULES = (squeeze_excite, eca, simam, channel_shuffle, concat_shuffle, depthwise_conv2d, partial_conv2d)
+_MODULES = (
+    squeeze_excite,
+    eca,
+    simam,
+    channel_shuffle,
+    concat_shuffle,
+    depthwise_conv2d,
+    partial_conv2d,
+    scale_shift_act,
+)
 OPS: dict[str, OpInfo] = {module.INFO.name: module.INFO for module in _MODULES}
 
 __all__ = ["DTYPES", "LAYOUTS", "OPS", "BadInput", "OpInfo", "Options", "Sample", "Size"]

@@ -42,7 +42,7 @@ def _map(value: Any, f: Callable[[Tensor], Tensor]) -> Any:
 @dataclass(frozen=True)
 class Sample:
     """A call: ``op(*args, **kwargs)``. ``args[0]`` is the feature map, or a list of several laid out alike; the
-    other tensors among args are parameters."""
+    other tensors among args are parameters, those among kwargs further maps."""
 
     args: tuple[Any, ...]
     kwargs: Options
@@ -54,7 +54,8 @@ class Sample:
     @property
     def maps(self) -> list[Tensor]:
         first: Any = self.args[0]
-        return [first] if isinstance(first, Tensor) else list(first)
+        further = [a for a in self.kwargs.values() if isinstance(a, Tensor)]
+        return [*([first] if isinstance(first, Tensor) else first), *further]
 
     def parameters(self) -> list[Tensor]:
         return [a for a in self.args[1:] if isinstance(a, Tensor)]
@@ -64,11 +65,12 @@ class Sample:
 
     def map(self, f: Callable[[Tensor], Tensor]) -> Sample:
         """The call with all tensors replaced, in the order of ``tensors()``."""
-        return Sample(_map(self.args, f), self.kwargs)
+        maps = self.map_maps(f)
+        return Sample((maps.args[0], *_map(self.args[1:], f)), maps.kwargs)
 
     def map_maps(self, f: Callable[[Tensor], Tensor]) -> Sample:
         """The call with its maps replaced."""
-        return Sample((_map(self.args[0], f), *self.args[1:]), self.kwargs)
+        return Sample((_map(self.args[0], f), *self.args[1:]), {name: _map(a, f) for name, a in self.kwargs.items()})
 
 
 @dataclass(frozen=True)
@@ -123,7 +125,8 @@ class OpInfo:
         seed: int = 0,
         requires_grad: bool = False,
     ) -> Sample:
-        """A call with random values; the values depend on the seed and the sizes only, not on dtype or layout."""
+        """A call with random values; the values depend on the seed and the sizes only, not on dtype or layout.
+        Maps among its kwargs are laid out like the first, or as the option of their name says."""
         generator = torch.Generator().manual_seed(seed)
 
         def random(*shape: int, scale: float = 1.0) -> Tensor:
@@ -137,6 +140,9 @@ class OpInfo:
         maps = [LAYOUTS[layout](place(random(*s), dtype)) for s in sizes]
         args, kwargs = self.parameters(size, options, random)
         args = tuple(place(a, parameter_dtype or dtype) if isinstance(a, Tensor) else a for a in args)
+        for name, a in kwargs.items():
+            if isinstance(a, Tensor):
+                kwargs[name] = LAYOUTS.get(options[name], LAYOUTS[layout])(place(a, dtype))
         sample = Sample((maps[0] if self.maps is None else maps, *args), kwargs)
         if requires_grad:
             for t in sample.tensors():
@@ -145,7 +151,8 @@ class OpInfo:
 
     def output(self, sample: Sample) -> Tensor:
         """Its size and dtype, on the meta device. Raises what the reference raises where there is none."""
-        return self.reference(*sample.map(lambda t: t.detach().to("meta")).args, **sample.kwargs)
+        sample = sample.map(lambda t: t.detach().to("meta"))
+        return self.reference(*sample.args, **sample.kwargs)
 
     def gradient(self, sample: Sample, layout: str = "contiguous", seed: int = 1) -> Tensor:
         """A random gradient of the output; as the sample's, its values depend on the seed and the size only."""

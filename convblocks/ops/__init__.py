@@ -5,7 +5,17 @@ from convblocks.ops.concat_shuffle import concat_shuffle
 from convblocks.ops.depthwise_conv2d import depthwise_conv2d
 from convblocks.ops.eca import eca
 from convblocks.ops.partial_conv2d import partial_conv2d
+from convblocks.ops.scale_shift_act import scale_shift_act
 from convblocks.ops.simam import simam
 from convblocks.ops.squeeze_excite import squeeze_excite
 
-__all__ = ["channel_shuffle", "concat_shuffle", "depthwise_conv2d", "eca", "partial_conv2d", "simam", "squeeze_excite"]
+__all__ = [
+    "channel_shuffle",
+    "concat_shuffle",
+    "depthwise_conv2d",
+    "eca",
+    "partial_conv2d",
+    "scale_shift_act",
+    "simam",
+    "squeeze_excite",
+]

@@ -72,9 +72,32 @@ def one_of(op: str, name: str, value: str, allowed: tuple[str, ...]) -> None:
         raise ValueError(f"{op}: expected {name} to be one of {', '.join(allowed)}, got {value}")
 
 
-def gradient(op: str, grad: Tensor, x: Tensor, expected: Sequence[int]) -> None:
-    size(op, "a gradient", grad, list(grad.shape) == list(expected), str(list(expected)))
-    if grad.dtype != x.dtype:
-        raise TypeError(f"{op}: expected a gradient of dtype {_dtype(x)}, got {_dtype(grad)}")
-    if grad.device != x.device:
-        raise RuntimeError(f"{op}: expected a gradient on {x.device} like the input, got {grad.device}")
+def like(op: str, name: str, t: Tensor | None, x: Tensor, expected: Sequence[int]) -> None:
+    """A map of the input's dtype on its device: a gradient, or a second input."""
+    if t is None:
+        return
+    size(op, name, t, list(t.shape) == list(expected), str(list(expected)))
+    if t.dtype != x.dtype:
+        raise TypeError(f"{op}: expected {name} of dtype {_dtype(x)}, got {_dtype(t)}")
+    if t.device != x.device:
+        raise RuntimeError(f"{op}: expected {name} on {x.device} like the input, got {t.device}")
+
+
+def _overlaps(x: Tensor) -> bool:
+    reach = 0  # from the first element to the last of the dimensions so far
+    for stride, n in sorted((stride, n) for n, stride in zip(x.shape, x.stride(), strict=True) if n > 1):
+        if stride <= reach:
+            return True
+        reach += (n - 1) * stride
+    return False
+
+
+def inplace(op: str, x: Tensor, **others: Tensor | None) -> None:
+    """What writes over x, from x and the others."""
+    for name, t in {"input": x, **others}.items():
+        if torch.is_grad_enabled() and t is not None and t.requires_grad:
+            which = f"{'an' if name[0] in 'aeiou' else 'a'} {name}"
+            raise ValueError(f"{op}: expected inplace only where no gradient is wanted, got {which} that requires it")
+    if _overlaps(x):
+        words = f"an input whose elements share no memory, got strides {list(x.stride())} for size {_size(x)}"
+        raise ValueError(f"{op}: expected inplace only for {words}")

@@ -48,9 +48,10 @@ class Operator:
         output_size: Callable[..., Sequence[int]] = lambda x, *args: x.shape,
         arguments: Callable[..., tuple[Any, ...]] = lambda *args: args,  # those of the dispatcher from a call's
         variant_of: str = "",  # the operation that it is with outputs besides, and whose gradients it takes
+        inplace: bool = False,  # has a second form in the dispatcher, ``<name>_``, that writes over its map
     ) -> None:
-        self.variant_of = variant_of
         self.name, self.check, self.reference, self.linear = name, check, reference, linear
+        self.variant_of, self.inplace = variant_of, inplace
         self.output_size, self.arguments, self._check_backward = output_size, arguments, check_backward
         backends.load_extension()
         if backends.extension_error is None and not hasattr(torch.ops.convblocks, name):
@@ -71,11 +72,25 @@ class Operator:
         if backend == "reference":
             expected: Tensor = self.run_reference(*args)
             return expected
+        self._check_runs(backend, args)
+        y: Tensor = self.packet(*args)
+        return y
+
+    def run_inplace(self, x: Tensor, *args: Any) -> Tensor:
+        """Writes over x, which is returned."""
+        if backends.selected not in ("auto", "reference"):
+            self._check_runs(backends.selected, (x,))
+        packet = getattr(torch.ops.convblocks, f"{self.name}_", None)
+        if backends.selected == "reference" or packet is None:
+            self.check(x, *args)
+            return x.copy_(self.reference(x, *args))
+        packet(x, *args)
+        return x
+
+    def _check_runs(self, backend: str, args: Sequence[Any]) -> None:
         reason = backends.why_not(self.name, backend, first_map(args[0]))
         if reason is not None:
             raise RuntimeError(f"{self.name}: expected to run on backend {backend}, got none: {reason}")
-        y: Tensor = self.packet(*args)
-        return y
 
     def check_backward(self, grad: Tensor, *args: Any) -> None:
         if self._check_backward is not None:
@@ -83,13 +98,12 @@ class Operator:
         if self.linear:
             return self.check(grad, *args)
         self.check(*args)
-        checks.gradient(self.name, grad, args[0], self.output_size(*args))
+        checks.like(self.name, "a gradient", grad, args[0], self.output_size(*args))
 
     def run_reference(self, *args: Any) -> Any:
         self.check(*args)
         result, layout = self.reference(*args), memory_format(first_map(args[0]))
         y, *others = result if self.variant_of else (result,)
-        # A map of one channel or one pixel is contiguous in both formats, whichever of their strides it has.
-        both = y.shape[1] == 1 or y.shape[2:] == (1, 1)
-        y = y.clone(memory_format=layout) if both else y.contiguous(memory_format=layout)
+        # What is contiguous may have any stride where its size is 1.
+        y = y.clone(memory_format=layout) if 1 in y.shape[1:] else y.contiguous(memory_format=layout)
         return (y, *others) if self.variant_of else y

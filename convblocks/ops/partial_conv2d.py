@@ -55,7 +55,7 @@ def partial_conv2d(x: Tensor, weight: Tensor, *, inplace: bool = False) -> Tenso
         A tensor like x, in its memory format; x itself with ``inplace``.
 
     Raises:
-        ValueError: a wrong rank or size, or ``inplace`` where a gradient is wanted.
+        ValueError: a wrong rank or size, or ``inplace`` where a gradient is wanted or elements of x share memory.
         TypeError: a dtype other than the above.
         RuntimeError: the weight is on another device than x.
 
@@ -66,10 +66,6 @@ def partial_conv2d(x: Tensor, weight: Tensor, *, inplace: bool = False) -> Tenso
     if not inplace:
         return operator(x, weight)
     check(x, weight)
-    if torch.is_grad_enabled() and (x.requires_grad or weight.requires_grad):
-        which = "an input" if x.requires_grad else "a weight"
-        raise ValueError(
-            f"partial_conv2d: expected inplace only where no gradient is wanted, got {which} that requires it"
-        )
+    checks.inplace("partial_conv2d", x, weight=weight)
     x[:, : weight.shape[0]].copy_(_convolved(x, weight))
     return x

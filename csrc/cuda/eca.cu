@@ -63,7 +63,7 @@ const char* run(const Context& context, const EcaArgs& args) {
   using A = Acc<T>;
   Layout layout;
   if (const char* error = find_layout<T>(args.n, args.c, args.hw, {args.x, args.y}, layout)) return error;
-  const Tiling tiling = pool_tiling(layout);
+  const Tiling tiling = sum_tiling(layout);
   const int64_t planes = args.n * args.c;
   Workspace<A> workspace(context, Pooled<A>::size(planes, tiling.chunks, false, false));
   const Pooled<A> pooled(workspace, planes, args.hw, tiling.chunks, false, false);
@@ -81,7 +81,7 @@ const char* run_backward(const Context& context, const EcaBackwardArgs& args) {
   Layout layout;
   if (const char* error = find_layout<T>(args.n, args.c, args.hw, {args.grad, args.x, args.grad_x}, layout))
     return error;
-  const Tiling tiling = pool_tiling(layout);
+  const Tiling tiling = sum_tiling(layout);
   const EcaWeights& w = args.weights;
   const int64_t planes = args.n * args.c, blocks = ceil_div(planes, kThreads), shares = blocks * (w.kernel + 1);
   Workspace<A> workspace(context, Pooled<A>::size(planes, tiling.chunks, true, false) + 2 * planes + shares);

@@ -5,11 +5,9 @@
 namespace convblocks::cuda {
 namespace {
 
-constexpr int kMaxThreads = 256;
-
 // Maximum and ties are always found, as they cost less than the reading, but reduced only where they are wanted.
 template <class T, int V, int P, bool kBackward>
-__global__ void __launch_bounds__(kMaxThreads, 2)
+__global__ void __launch_bounds__(kStreamThreads, 2)
     pool_kernel(View<const T> x, View<const T> grad, Tiling tiling, Pooled<Acc<T>> out) {
   using A = Acc<T>;
   CB_DYN_SHARED(A, shared);
@@ -57,7 +55,7 @@ __global__ void __launch_bounds__(kMaxThreads, 2)
 }
 
 template <class T, int V, int P, bool kMax>
-__global__ void __launch_bounds__(kMaxThreads, 2)
+__global__ void __launch_bounds__(kStreamThreads, 2)
     apply_kernel(View<const T> in, View<const T> x, View<T> out, Tiling tiling, Changes<T> source) {
   using A = Acc<T>;
   CB_DYN_SHARED(Change<A>, changes);
@@ -102,20 +100,7 @@ __global__ void __launch_bounds__(kMaxThreads, 2)
   }
 }
 
-Tiling stream_tiling(const Layout& layout, int64_t chunks) {
-  const int width = layout.channels_last ? tile_width(layout, layout.vectors ? 8 : 32) : 1;
-  const int64_t vectors = ceil_div(layout.height, chunks) * width;
-  return Tiling(layout, width, std::clamp<int64_t>(ceil_div(vectors, 32 * 8), 1, kMaxThreads / 32) * 32, chunks);
-}
-
 }  // namespace
-
-// Not into many chunks, as each reader of the sums adds them up again.
-Tiling pool_tiling(const Layout& layout) {
-  const Tiling whole = stream_tiling(layout, 1);
-  const int64_t wanted = ceil_div(512, whole.blocks()), most = layout.height * whole.width / (4 * kMaxThreads);
-  return stream_tiling(layout, std::clamp<int64_t>(std::min(wanted, most), 1, 16));
-}
 
 template <class T>
 void pool(const Context& context, const Layout& layout, const Tiling& tiling, const Map& x, const Map* grad,
@@ -131,8 +116,7 @@ void pool(const Context& context, const Layout& layout, const Tiling& tiling, co
 template <class T>
 void apply(const Context& context, const Layout& layout, const Map& in, const Map& x, const Map& out,
            const Changes<T>& changes) {
-  const Tiling whole = stream_tiling(layout, 1);
-  const Tiling tiling = stream_tiling(layout, ceil_div(layout.height * whole.width, 8 * kMaxThreads));
+  const Tiling tiling = map_tiling(layout);
   const auto ins = layout.view<const T>(in), xs = layout.view<const T>(x);
   const auto outs = layout.view<T>(out);
   with_shape<T>(layout, [&]<int V, int P>(Shape<V, P>) {

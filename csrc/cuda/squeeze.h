@@ -118,9 +118,6 @@ struct Changes {
   }
 };
 
-// The tiles of the pass that pools: few planes are cut into chunks.
-Tiling pool_tiling(const Layout& layout);
-
 // Pools x, and grad * x if there is a grad.
 template <class T>
 void pool(const Context& context, const Layout& layout, const Tiling& tiling, const Map& x, const Map* grad,

@@ -177,7 +177,7 @@ class SqueezeExcite {
   }
 
   void forward(const SqueezeExciteArgs& args) const {
-    const Tiling tiling = pool_tiling(layout_);
+    const Tiling tiling = sum_tiling(layout_);
     Workspace<A> workspace(context_, size(tiling));
     const Pooled<A> pooled(workspace, n_ * c_, hw_, tiling.chunks, false, w_.add_maxpool);
     pool<T>(context_, layout_, tiling, args.x, nullptr, pooled);
@@ -201,7 +201,7 @@ class SqueezeExcite {
   }
 
   void backward(const SqueezeExciteBackwardArgs& args) const {
-    const Tiling tiling = pool_tiling(layout_);
+    const Tiling tiling = sum_tiling(layout_);
     Workspace<A> workspace(context_, size(tiling));
     const Pooled<A> pooled(workspace, n_ * c_, hw_, tiling.chunks, true, w_.add_maxpool);
     pool<T>(context_, layout_, tiling, args.x, &args.grad, pooled);

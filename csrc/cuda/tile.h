@@ -99,6 +99,24 @@ inline int tile_width(const Layout& l, int most) {
   return width;
 }
 
+// Tiles that blocks of at most kStreamThreads threads stream through.
+constexpr int kStreamThreads = 256;
+inline Tiling stream_tiling(const Layout& layout, int64_t chunks) {
+  const int width = layout.channels_last ? tile_width(layout, layout.vectors ? 8 : 32) : 1;
+  const int64_t vectors = ceil_div(layout.height, chunks) * width;
+  return Tiling(layout, width, std::clamp<int64_t>(ceil_div(vectors, 32 * 8), 1, kStreamThreads / 32) * 32, chunks);
+}
+// For a pass that sums: few planes are cut into chunks, not into many, as each reader of the sums adds them up again.
+inline Tiling sum_tiling(const Layout& layout) {
+  const Tiling whole = stream_tiling(layout, 1);
+  const int64_t wanted = ceil_div(512, whole.blocks()), most = layout.height * whole.width / (4 * kStreamThreads);
+  return stream_tiling(layout, std::clamp<int64_t>(std::min(wanted, most), 1, 16));
+}
+// For a pass that sums nothing.
+inline Tiling map_tiling(const Layout& layout) {
+  return stream_tiling(layout, ceil_div(layout.height * stream_tiling(layout, 1).width, 8 * kStreamThreads));
+}
+
 struct Quotient {
   int quotient, remainder;
 };
@@ -149,47 +167,40 @@ __device__ void add_vector(A* sums, F f) {
   }
 }
 
-// Calls f(k, vector k) for the vectors of a thread, with several loads under way at a time.
-template <int V, class T, class F>
-__device__ void for_each_vector(const Place& at, const View<const T>& map, F f) {
-  constexpr int kBatch = V > 1 ? 4 : 8;
-  const int64_t step = at.step * map.vector;
-  const T* p = at.in(map);
-  for (int k = 0; k < at.count; k += kBatch, p += kBatch * step) {
+// Calls f(k, vector k of each map) for the vectors of a thread, with several loads under way at a time.
+template <int V, class T, int K, class F>
+__device__ void for_each_vectors(const Place& at, const View<const T> (&maps)[K], F f) {
+  constexpr int kBatch = (V > 1 ? 4 : 8) / (K > 2 ? 4 : K);
+  const T* p[K];
+#pragma unroll
+  for (int m = 0; m < K; m++) p[m] = at.in(maps[m]);
+  for (int k = 0; k < at.count; k += kBatch) {
     const auto left = min(at.count - k, kBatch);
-    Vec<T, V> batch[kBatch];
+    Vec<T, V> batch[kBatch][K];
 #pragma unroll
     for (int b = 0; b < kBatch; b++) {
-      if (b < left) batch[b] = load<V>(p + b * step);
+#pragma unroll
+      for (int m = 0; m < K; m++) {
+        if (b < left) batch[b][m] = load<V>(p[m] + b * at.step * maps[m].vector);
+      }
     }
 #pragma unroll
     for (int b = 0; b < kBatch; b++) {
       if (b < left) f(k + b, batch[b]);
     }
+#pragma unroll
+    for (int m = 0; m < K; m++) p[m] += kBatch * at.step * maps[m].vector;
   }
 }
 
-// The same for two maps: f(k, vector k of one, vector k of the other).
+// The same for one map, f(k, vector k), and for two: f(k, vector k of one, vector k of the other).
+template <int V, class T, class F>
+__device__ void for_each_vector(const Place& at, const View<const T>& map, F f) {
+  for_each_vectors<V>(at, {map}, [&](int k, const Vec<T, V>(&v)[1]) { f(k, v[0]); });
+}
 template <int V, class T, class F>
 __device__ void for_each_vector(const Place& at, const View<const T>& map, const View<const T>& other, F f) {
-  constexpr int kBatch = V > 1 ? 2 : 4;
-  const int64_t step = at.step * map.vector, other_step = at.step * other.vector;
-  const T *p = at.in(map), *q = at.in(other);
-  for (int k = 0; k < at.count; k += kBatch, p += kBatch * step, q += kBatch * other_step) {
-    const auto left = min(at.count - k, kBatch);
-    Vec<T, V> batch[kBatch], other_batch[kBatch];
-#pragma unroll
-    for (int b = 0; b < kBatch; b++) {
-      if (b < left) {
-        batch[b] = load<V>(p + b * step);
-        other_batch[b] = load<V>(q + b * other_step);
-      }
-    }
-#pragma unroll
-    for (int b = 0; b < kBatch; b++) {
-      if (b < left) f(k + b, batch[b], other_batch[b]);
-    }
-  }
+  for_each_vectors<V>(at, {map, other}, [&](int k, const Vec<T, V>(&v)[2]) { f(k, v[0], v[1]); });
 }
 
 }  // namespace convblocks::cuda

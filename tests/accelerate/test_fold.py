@@ -1,9 +1,10 @@
-"""fold_bn: a norm and an activation in the depthwise convolution before them."""
+"""fold_bn: a norm in the convolution before it, or with the activation after it in one pass."""
 
 from __future__ import annotations
 
 import copy
 import pickle
+import re
 from collections.abc import Callable
 from typing import Any
 
@@ -25,8 +26,11 @@ def _random_norms(model: nn.Module) -> nn.Module:
     return model
 
 
-def _trio(act: nn.Module | None = None, bias: bool = False) -> nn.Sequential:
-    layers = [nn.Conv2d(3, 6, 1), nn.Conv2d(6, 6, 3, padding=1, groups=6, bias=bias), nn.BatchNorm2d(6)]
+each_groups = pytest.mark.parametrize("groups", [6, 2, 1])  # depthwise, and dense
+
+
+def _trio(act: nn.Module | None = None, bias: bool = False, groups: int = 6) -> nn.Sequential:
+    layers = [nn.Conv2d(3, 6, 1), nn.Conv2d(6, 6, 3, padding=1, groups=groups, bias=bias), nn.BatchNorm2d(6)]
     model = nn.Sequential(*layers, act or nn.ReLU6(inplace=True), nn.Conv2d(6, 2, 1))
     return _random_norms(model).eval()  # type: ignore[return-value]
 
@@ -34,7 +38,7 @@ def _trio(act: nn.Module | None = None, bias: bool = False) -> nn.Sequential:
 def _folded(model: nn.Module) -> nn.Module:
     fast = copy.deepcopy(model)
     report = convblocks.accelerate(fast, fold_bn=True, strict=True)
-    assert all(" folded in" in e.reason for e in report.replaced if e.operation == "depthwise_conv2d")
+    assert all(" folded in" in e.reason for e in report.replaced if e.operation in ("depthwise_conv2d", "conv2d"))
     return fast
 
 
@@ -69,9 +73,10 @@ def test_activations(act: nn.Module, bias: bool, backend: str, device: str) -> N
     assert (calls[0] != "none") == known
 
 
+@each_groups
 @pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16])
-def test_dtypes(dtype: torch.dtype, backend: str, device: str) -> None:
-    model = _trio().to(device, dtype)
+def test_dtypes(dtype: torch.dtype, groups: int, backend: str, device: str) -> None:
+    model = _trio(groups=groups).to(device, dtype)
     fast = _folded(model)
     with torch.no_grad():
         y = fast(X.to(device, dtype))
@@ -79,8 +84,9 @@ def test_dtypes(dtype: torch.dtype, backend: str, device: str) -> None:
     _assert_same(fast, model, X.to(device, dtype), 1e-12 if dtype == torch.float64 else 2e-2)
 
 
-def test_training_and_gradients_are_untouched(backend: str, device: str) -> None:
-    model = _trio().to(device)
+@each_groups
+def test_training_and_gradients_are_untouched(groups: int, backend: str, device: str) -> None:
+    model = _trio(groups=groups).to(device)
     fast = _folded(model)
     for train in (True, False):
         results = []
@@ -99,7 +105,8 @@ CHANGES: dict[str, Callable[[Any], Any]] = {
         {k: v * 0.7 + 0.1 for k, v in m.state_dict().items() if v.dtype.is_floating_point}, strict=False
     ),
     "mean": lambda m: m[2].running_mean.add_(1),
-    "weight": lambda m: m[1].weight.data.mul_(2),
+    "weight": lambda m: m[1].weight.mul_(2),
+    "new data": lambda m: setattr(m[1].weight, "data", m[1].weight * 3),
     "new parameter": lambda m: setattr(m[2], "weight", nn.Parameter(torch.full((6,), 3.0, device=m[2].weight.device))),
     "new norm": lambda m: setattr(m, "2", _random_norms(nn.BatchNorm2d(6, device=m[2].weight.device)).eval()),
     "no norm": lambda m: setattr(m, "2", nn.Identity()),
@@ -109,9 +116,10 @@ CHANGES: dict[str, Callable[[Any], Any]] = {
 }
 
 
+@each_groups
 @pytest.mark.parametrize("change", CHANGES)
-def test_changes_after_it(change: str, backend: str, device: str) -> None:
-    model = _trio().to(device)
+def test_changes_after_it(change: str, groups: int, backend: str, device: str) -> None:
+    model = _trio(groups=groups).to(device)
     fast = _folded(model)
     _assert_same(fast, model, X.to(device))
     with torch.no_grad():
@@ -119,6 +127,17 @@ def test_changes_after_it(change: str, backend: str, device: str) -> None:
             torch.manual_seed(0)
             CHANGES[change](m)
     _assert_same(fast, model, X.to(device))
+
+
+def test_changes_of_data() -> None:
+    """Those through ``.data`` are not counted by torch: where weights are kept, they are noticed with the next mode."""
+    for groups in (6, 1):
+        model = _trio(groups=groups)
+        fast = _folded(model)
+        _assert_same(fast, model, X)
+        for m in (model, fast):
+            m[1].weight.data.mul_(2)
+        _assert_same(fast if groups == 6 else fast.eval(), model, X)
 
 
 @pytest.mark.parametrize("layer", [1, 2, 3])
@@ -138,8 +157,9 @@ def test_hooks(layer: int) -> None:
     torch.testing.assert_close(*seen)
 
 
-def test_copies_pickles_and_reverts() -> None:
-    model = _trio()
+@each_groups
+def test_copies_pickles_and_reverts(groups: int) -> None:
+    model = _trio(groups=groups)
     fast = _folded(model)
     with torch.no_grad():
         y = fast(X)
@@ -155,9 +175,10 @@ def test_copies_pickles_and_reverts() -> None:
         assert all("fold" not in m.__dict__ for m in fast)
 
 
-def test_a_replica_does_its_own() -> None:
+@each_groups
+def test_a_replica_does_its_own(groups: int) -> None:
     """DataParallel's: the same dictionaries, other tensors."""
-    model = _trio()
+    model = _trio(groups=groups)
     fast = _folded(model)
     conv = fast[1]
     replica = conv._replicate_for_data_parallel()
@@ -166,8 +187,9 @@ def test_a_replica_does_its_own() -> None:
         torch.testing.assert_close(replica(fast[0](X)), model[1](model[0](X)) * 2)
 
 
-def test_functional_call() -> None:
-    model = _trio()
+@each_groups
+def test_functional_call(groups: int) -> None:
+    model = _trio(groups=groups)
     fast = _folded(model)
     other = {k: v * 1.5 for k, v in model.named_parameters()}
     with torch.no_grad():
@@ -177,8 +199,9 @@ def test_functional_call() -> None:
         torch.testing.assert_close(fast(X), model(X))
 
 
-def test_compile() -> None:
-    model = _trio()
+@each_groups
+def test_compile(groups: int) -> None:
+    model = _trio(groups=groups)
     fast = _folded(model)
     compiled = torch.compile(fast, fullgraph=True, backend="aot_eager")
     with torch.no_grad():
@@ -187,22 +210,145 @@ def test_compile() -> None:
     torch._dynamo.reset()
 
 
+def _counts(report: Any) -> tuple[int, ...]:
+    folded = [e.operation for e in report.replaced if e.reason.endswith(" folded in") or e.reason == "for inference"]
+    return tuple(folded.count(name) for name in ("depthwise_conv2d", "conv2d", "scale_shift_act"))
+
+
 @pytest.mark.parametrize(
-    ("make", "folds"),
+    ("make", "counts"),
     [
-        (lambda: torchvision.models.mobilenet_v2(), 17),
-        (lambda: torchvision.models.mobilenet_v3_small(), 11),
-        (lambda: torchvision.models.shufflenet_v2_x0_5(), 19),
-        (lambda: timm.create_model("efficientnet_b0"), 16),
-        (lambda: timm.create_model("tf_efficientnet_lite0"), 16),
-        (lambda: timm.create_model("mobilenetv3_small_050"), 11),
-        (lambda: nn.Sequential(nn.Conv2d(3, 8, 1), convblocks.DepthwiseSeparableConv(8, 4)), 0),
+        (lambda: torchvision.models.mobilenet_v2(), (17, 35, 0)),
+        (lambda: torchvision.models.mobilenet_v3_small(), (11, 23, 0)),
+        (lambda: torchvision.models.shufflenet_v2_x0_5(), (19, 37, 0)),
+        (lambda: timm.create_model("efficientnet_b0"), (16, 33, 0)),
+        (lambda: timm.create_model("tf_efficientnet_lite0"), (16, 32, 1)),
+        (lambda: timm.create_model("mobilenetv3_small_050"), (11, 23, 0)),
+        (lambda: torchvision.models.resnet18(), (0, 20, 0)),
+        (lambda: torchvision.models.resnext50_32x4d(), (0, 53, 0)),
+        (lambda: timm.create_model("resnet26d"), (0, 30, 1)),
+        (lambda: torchvision.models.densenet121(), (0, 59, 62)),
+        (lambda: timm.create_model("densenet121"), (0, 59, 62)),
+        (lambda: timm.create_model("resnetv2_50"), (0, 0, 49)),
+        (lambda: nn.Sequential(nn.Conv2d(3, 8, 1), convblocks.DepthwiseSeparableConv(8, 4)), (0, 1, 1)),
     ],
 )
-def test_networks(make: Callable[[], nn.Module], folds: int) -> None:
+def test_networks(make: Callable[[], nn.Module], counts: tuple[int, ...]) -> None:
     torch.manual_seed(0)
     model = _random_norms(make()).eval()
     fast = copy.deepcopy(model)
-    report = convblocks.accelerate(fast, fold_bn=True)
-    assert sum(e.reason.endswith(" folded in") for e in report.replaced) == folds
-    _assert_same(fast, model, torch.randn(2, 3, 64, 64), 1e-4)
+    assert _counts(convblocks.accelerate(fast, fold_bn=True)) == counts
+    x = torch.randn(2, 3, 64, 64)
+    _assert_same(fast, model, x, 1e-4)
+    convblocks.revert(fast)
+    assert [type(m) for m in fast.modules()] == [type(m) for m in model.modules()]
+    with torch.no_grad():
+        assert torch.equal(fast(x), model(x))
+
+
+# --- a norm that no convolution takes in ------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("half", [False, True])
+@pytest.mark.parametrize("affine", [True, False])
+@pytest.mark.parametrize("act", [None, nn.ReLU(inplace=True), nn.Hardswish(), nn.GELU("tanh"), nn.Tanh()])
+def test_a_norm_alone(act: nn.Module | None, affine: bool, half: bool, backend: str, device: str) -> None:
+    model = _random_norms(nn.Sequential(nn.ReLU(), nn.BatchNorm2d(3, affine=True), *([act] if act else []))).eval()
+    if not affine:
+        model[1] = nn.BatchNorm2d(3, affine=False).eval()
+    model = model.to(device)
+    fast = copy.deepcopy(model)
+    assert _counts(convblocks.accelerate(fast, fold_bn=True, strict=True)) == (0, 0, 1)
+    x = X.to(device, torch.bfloat16 if half else torch.float32)
+    with torch.no_grad():
+        y = fast(x)
+        assert y.dtype == x.dtype
+        torch.testing.assert_close(y, model(x))
+        for m in (model, fast):
+            m[1].running_var.mul_(2)
+            m[1].eps = 0.1
+        torch.testing.assert_close(fast(x), model(x))
+        for wrong in (x[0], x[:, :2]):
+            with pytest.raises((ValueError, RuntimeError)) as expected:
+                model(wrong)
+            with pytest.raises(expected.type, match=re.escape(str(expected.value))):
+                fast(wrong)
+    for m in (model, fast):
+        m.train()
+    torch.testing.assert_close(fast(x), model(x))
+    torch.testing.assert_close(fast[1].running_mean, model[1].running_mean)
+
+
+def test_a_norm_is_its_own_where_what_follows_is_not_known() -> None:
+    class Model(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.conv, self.bn, self.act = nn.Conv2d(3, 3, 1), nn.BatchNorm2d(3), nn.ReLU()
+
+        def forward(self, x: Tensor) -> Tensor:
+            y = self.conv(x)
+            return self.act(self.bn(y)) + self.bn(y) + y
+
+    model = _random_norms(Model()).eval()
+    fast = copy.deepcopy(model)
+    (entry,) = convblocks.accelerate(fast, fold_bn=True).entries
+    assert (entry.name, entry.operation, entry.reason) == ("bn", "scale_shift_act", "for inference")
+    _assert_same(fast, model, X)
+
+
+# --- what must not be folded ------------------------------------------------------------------------------------------
+
+
+def test_a_convolution_that_is_used_twice() -> None:
+    """As in heads that share their convolutions and not their norms."""
+    shared = nn.Conv2d(3, 3, 1)
+    model = _random_norms(nn.Sequential(shared, nn.BatchNorm2d(3), nn.Sequential(shared, nn.BatchNorm2d(3)))).eval()
+    fast = copy.deepcopy(model)
+    assert _counts(convblocks.accelerate(fast, fold_bn=True)) == (0, 0, 2)
+    _assert_same(fast, model, X)
+
+
+def test_an_activation_that_is_used_twice() -> None:
+    act = nn.ReLU()
+    layers = [nn.Conv2d(3, 3, 1), nn.BatchNorm2d(3), act, nn.BatchNorm2d(3), act]
+    model = _random_norms(nn.Sequential(*layers)).eval()
+    fast = copy.deepcopy(model)
+    assert _counts(convblocks.accelerate(fast, fold_bn=True)) == (0, 1, 1)
+    assert type(fast[2]) is nn.ReLU
+    _assert_same(fast, model, X)
+
+
+def test_a_block_with_a_forward_of_its_own() -> None:
+    model = _random_norms(torchvision.models.resnet18()).eval()
+    block = model.layer1[0]
+    block.forward = lambda x: block.bn1(block.conv1(x) + 1)
+    report = convblocks.accelerate(model, fold_bn=True, include="layer1.0.*")
+    assert {e.name: e.operation for e in report.replaced} == {
+        "layer1.0.bn1": "scale_shift_act",
+        "layer1.0.bn2": "scale_shift_act",
+    }
+
+
+def test_an_activation_in_a_norm_that_is_exchanged() -> None:
+    model = _random_norms(timm.layers.ConvNormAct(3, 4, 3)).eval()
+    fast = copy.deepcopy(model)
+    assert _counts(convblocks.accelerate(fast, fold_bn=True)) == (0, 1, 0)
+    _assert_same(fast, model, X)
+    for m in (model, fast):
+        m.bn.act = nn.Tanh()
+    _assert_same(fast, model, X)
+
+
+def test_modes_of_inference_and_transforms_share_nothing() -> None:
+    model = _trio(groups=1)
+    fast = _folded(model)
+    with torch.inference_mode():
+        torch.testing.assert_close(fast(X), model(X))
+    _assert_same(fast, model, X)
+    stacked = {k: torch.stack((v, v * 2)) for k, v in model.named_parameters()}
+    with torch.no_grad():
+        got, expected = (
+            torch.func.vmap(lambda p, m=m: torch.func.functional_call(m, p, (X,)))(stacked) for m in (fast, model)
+        )
+        torch.testing.assert_close(got, expected, rtol=1e-4, atol=1e-5)
+    _assert_same(fast, model, X)

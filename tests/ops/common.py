@@ -76,7 +76,8 @@ def as_function(op: Callable[..., Tensor], sample: Sample) -> Callable[..., Tens
 
     def function(*tensors: Tensor) -> Tensor:
         given = iter(tensors)
-        return op(*sample.map(lambda _: next(given)).args, **sample.kwargs)
+        call = sample.map(lambda _: next(given))
+        return op(*call.args, **call.kwargs)
 
     return function
 

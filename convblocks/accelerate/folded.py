@@ -1,0 +1,265 @@
+"""Layers that are computed as one, for inference: a batch norm in the convolution before it, or with what follows it.
+
+The layers stay where they are, with all that they hold. While no gradient is wanted and the norm is in eval mode, the
+first of them computes what all do, and the others hand on what they get; else each does its own.
+"""
+
+from __future__ import annotations
+
+import operator
+from collections.abc import Callable
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.autograd import forward_ad
+
+from convblocks.accelerate.rule import Forward, Rule, Run
+from convblocks.blocks.arguments import FUNCTIONS, qualified_name
+from convblocks.blocks.depthwise_conv2d import fused_forward, padding_of
+
+_HOOKS = ("_forward_pre_hooks", "_forward_hooks")
+PLAIN, SAME = "torch.nn.modules.conv.Conv2d", "timm.layers.conv2d_same.Conv2dSame"  # which pads as TensorFlow does
+CONVOLUTIONS = (PLAIN, SAME)
+ACTIVATION_LAYERS = tuple(source for source in FUNCTIONS if source.startswith("torch."))
+NORMS = ("torch.nn.modules.batchnorm.BatchNorm2d", "timm.layers.norm_act.BatchNormAct2d")
+
+
+class Kept:
+    """What was made of tensors, until one of them is another one, or was written to.
+
+    ``.data`` does not count what is written through it: that is not noticed, before ``clear``.
+    """
+
+    def __init__(self) -> None:
+        self.clear()
+
+    def clear(self) -> None:
+        self._made: tuple[Any, ...] | None = None
+
+    def __getstate__(self) -> dict[str, Any]:  # copies and pickles make it again
+        return {"_made": None}
+
+    def __call__(self, tensors: list[Tensor | None], settings: Any, make: Callable[[], Any]) -> Any:
+        if torch.compiler.is_compiling() or torch._C._get_tracing_state():
+            return make()
+        if self._made is not None:
+            known, signs, _, made = self._made
+            if all(map(operator.is_, tensors, known)) and signs == _signs(tensors, settings):
+                return made
+        given = [t for t in tensors if t is not None]
+        if not all(map(_is_plain, given)):
+            return make()
+        with torch.inference_mode(False), torch.no_grad():
+            made = make()
+        # The memory stays theirs, so that its address is a sign.
+        self._made = tensors, _signs(tensors, settings), [t.detach() for t in given], made
+        return made
+
+
+def _signs(tensors: list[Tensor | None], settings: Any) -> Any:
+    return settings, [t is not None and (t._version, t.data_ptr()) for t in tensors]
+
+
+def _is_plain(t: Tensor) -> bool:
+    """Whether it is stored as it is, and counts what is written to it."""
+    wrapped = type(t) not in (Tensor, nn.Parameter) or torch._C._functorch.is_functorch_wrapped_tensor(t)
+    return not wrapped and not t.is_inference()
+
+
+class Fold:
+    """The layers that are one while it is ``active``.
+
+    Attributes:
+        parent: whose children they are.
+        layers: by their names there: perhaps a convolution, a norm, and perhaps an activation.
+        activation: what follows the norm, in it or after it; a name in ``convblocks.ops``.
+    """
+
+    lead: str  # what the first layer's rule is called before the layer's class
+
+    def __init__(self, parent: nn.Module, names: tuple[str, ...], activation: str) -> None:
+        self.parent, self.activation = parent, activation
+        self.layers: dict[str, Any] = {name: parent._modules[name] for name in names}
+        self.kept = Kept()
+
+    @property
+    def first(self) -> Any:
+        return next(iter(self.layers.values()))
+
+    @property
+    def norm(self) -> Any:
+        return list(self.layers.values())[1]
+
+    @property
+    def channels(self) -> int:
+        """Of the input."""
+        count: int = self.first.in_channels
+        return count
+
+    def rule_of(self, layer: nn.Module) -> Rule:
+        source = qualified_name(type(layer))
+        return RULES[f"{self.lead if layer is self.first else 'Folded'}{source.rpartition('.')[2]}"]
+
+    def active(self, layer: Any, x: Any) -> bool:
+        """Whether ``layer``, given x, has its part in it: not if it is a replica of DataParallel's."""
+        if torch.is_grad_enabled() or isinstance(x, torch.fx.Proxy) or forward_ad._current_level >= 0:
+            return False
+        children, is_own = self.parent._modules, False
+        for name, own in self.layers.items():
+            state = own.__dict__
+            if state.get("fold") is not self or children.get(name) is not own or any(state[hooks] for hooks in _HOOKS):
+                return False
+            is_own = is_own or own is layer
+        norm, parameters = self.norm, self.first._parameters
+        given = "weight" in parameters and "bias" in parameters and "weight" in norm._parameters
+        return is_own and given and not norm.training and norm._buffers.get("running_mean") is not None
+
+    def sources(self) -> list[Tensor | None]:
+        """The tensors that scale, shift and weights are made of."""
+        own, norm = self.first._parameters, self.norm
+        buffers = [norm._buffers["running_mean"], norm._buffers["running_var"]]
+        return [own["weight"], own["bias"], norm._parameters["weight"], norm._parameters["bias"], *buffers]
+
+    def unfused(self, x: Tensor) -> Tensor:
+        for layer in self.layers.values():
+            x = layer.unfused(x)
+        return x
+
+    def scale_shift(self, bias: Tensor | None) -> tuple[Tensor, Tensor]:
+        """What the norm does to what comes from a convolution without its bias; at least in float32."""
+        norm = self.norm
+        parts: Any = (bias, norm.running_mean, norm.running_var, norm.weight, norm.bias)
+        bias, mean, var, gamma, beta = (t.float() if t is not None and t.dtype.itemsize == 2 else t for t in parts)
+        scale = (var + norm.eps).rsqrt_()
+        scale = scale if gamma is None else scale * gamma
+        mean = mean if bias is None else mean - bias
+        return scale, -mean * scale if beta is None else torch.addcmul(beta, mean, scale, value=-1)
+
+    def weights(self) -> tuple[Tensor, Tensor]:
+        """Weight and bias of convolution and norm as one."""
+        conv = self.first
+        weight = conv.weight.float() if conv.weight.dtype.itemsize == 2 else conv.weight
+        scale, shift = self.scale_shift(conv.bias)
+        return weight * scale[:, None, None, None], shift
+
+    def fits(self, x: Tensor) -> bool:
+        """Whether a convolution takes x, and a norm what comes of it."""
+        autocast = torch.is_autocast_enabled(x.device.type)
+        return x.dim() == 4 and (x.dtype == self.first.weight.dtype or autocast)
+
+
+class DepthwiseFold(Fold):
+    lead = "Folding"
+
+    @staticmethod
+    def forward(same: bool, run: Run) -> Forward:
+        alone = fused_forward(same, run)
+
+        def forward(self: Any, x: Tensor) -> Tensor:
+            fold: Fold = self.fold
+            if not fold.active(self, x):
+                return alone(self, x)
+            if not fold.fits(x):
+                return fold.unfused(x)
+            weight, bias = fold.weights()  # at each call, as they are few and no sign tells of all changes (``.data``)
+            return run(x, weight, bias, self.stride, padding_of(self, x, same), self.dilation, fold.activation)
+
+        return forward
+
+
+class DenseFold(Fold):
+    """Convolution and norm only; an activation in the norm is called as the module that it is."""
+
+    lead = "FoldingDense"
+
+    @staticmethod
+    def forward(run: Run) -> Forward:
+        def forward(self: Any, x: Tensor) -> Tensor:
+            fold: DenseFold = self.fold
+            if not fold.active(self, x):
+                return self.unfused(x)  # type: ignore[no-any-return]
+            if not fold.fits(x) or self.padding_mode != "zeros":
+                return fold.unfused(x)
+            norm = fold.norm
+            weight, bias = fold.kept(fold.sources(), norm.eps, fold.weights)
+            y = run(x, weight, bias, self.stride, self.padding, self.dilation, self.groups)
+            act = norm._modules.get("act")
+            return y if act is None else act(y)
+
+        return forward
+
+    def weights(self) -> tuple[Tensor, Tensor]:
+        weight, bias = super().weights()
+        return weight.to(self.first.weight.dtype), bias.to(self.first.weight.dtype)
+
+
+class NormFold(Fold):
+    """A norm that no convolution takes in, with the activation in it or after it."""
+
+    lead = "Fast"
+
+    @property
+    def norm(self) -> Any:
+        return self.first
+
+    @property
+    def channels(self) -> int:
+        count: int = self.norm.num_features
+        return count
+
+    @staticmethod
+    def forward(run: Run) -> Forward:
+        def forward(self: Any, x: Tensor) -> Tensor:
+            fold: NormFold = self.fold
+            if not fold.active(self, x):
+                return self.unfused(x)  # type: ignore[no-any-return]
+            scale, shift = fold.kept(fold.sources(), self.eps, partial(fold.scale_shift, None))
+            half = x.dtype in (torch.float16, torch.bfloat16) and scale.dtype == torch.float32
+            if x.dim() != 4 or x.shape[1] != len(scale) or not (half or x.dtype == scale.dtype):
+                return fold.unfused(x)  # which says what is wrong
+            return run(x, scale, shift, None, fold.activation)
+
+        return forward
+
+
+def _handing_on(run: Run) -> Forward:
+    def forward(self: Any, x: Tensor) -> Tensor:
+        y: Tensor = x if self.fold.active(self, x) else self.unfused(x)
+        return y
+
+    return forward
+
+
+def _train(self: Any, mode: bool = True) -> Any:
+    self.fold.kept.clear()
+    return type(self).source.train(self, mode)
+
+
+def _rule(prefix: str, source: str, operation: str, forward: Callable[[Run], Forward]) -> Rule:
+    def no_check(module: Any) -> None: ...
+
+    return Rule(
+        f"{prefix}{source.rpartition('.')[2]}",
+        source,
+        operation,
+        forward,
+        channels=lambda module: module.fold.channels,
+        check=no_check,
+        options={"fold": lambda module: module.fold},
+        constants={"train": _train},
+    )
+
+
+# By the names of the classes that they make.
+RULES = {
+    rule.name: rule
+    for rule in (
+        _rule(DepthwiseFold.lead, PLAIN, "depthwise_conv2d", partial(DepthwiseFold.forward, False)),
+        _rule(DepthwiseFold.lead, SAME, "depthwise_conv2d", partial(DepthwiseFold.forward, True)),
+        _rule(DenseFold.lead, PLAIN, "conv2d", DenseFold.forward),
+        *(_rule(NormFold.lead, source, "scale_shift_act", NormFold.forward) for source in NORMS),
+        *(_rule("Folded", source, "scale_shift_act", _handing_on) for source in (*NORMS, *ACTIVATION_LAYERS)),
+    )
+}

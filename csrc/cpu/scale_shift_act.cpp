@@ -1,0 +1,148 @@
+// Scale, shift, residual and activation on the CPU: each map is read or written once, in the order of memory. The backward
+// sums over each sample, then over the samples.
+#include "../scale_shift_act.h"
+
+#include "dispatch.h"
+#include "gate.h"
+#include "weights.h"
+
+namespace convblocks::cpu {
+namespace {
+
+template <class T>
+T* at(const Map& map, int64_t sample, int64_t channel, int64_t pixel = 0) {
+  return static_cast<T*>(map.data) + sample * map.batch + channel * map.channel + pixel * map.pixel;
+}
+
+// Calls f(activation, has_residual): the frequent activations, whose cost is that of choosing them, as constants.
+template <class F>
+void choose(Activation activation, const Map& residual, F f) {
+  const auto with = [&](auto kind) { residual.data ? f(kind, std::true_type{}) : f(kind, std::false_type{}); };
+  switch (activation) {
+    case Activation::none: return with(std::integral_constant<Activation, Activation::none>{});
+    case Activation::relu: return with(std::integral_constant<Activation, Activation::relu>{});
+    default: return with(activation);
+  }
+}
+
+template <class T>
+void forward(const Context& context, const ScaleShiftActArgs& a) {
+  using A = Acc<T>;
+  const A *scales = widened<A>(context, a.channels.scale, a.channels.dtype, a.c),
+          *shifts = widened<A>(context, a.channels.shift, a.channels.dtype, a.c);
+  const bool far = a.x.data != a.y.data && exceeds_caches(context, a.n * a.c * a.hw * sizeof(T));
+  choose(a.activation, a.residual, [&]<class R>(auto activation, R) {
+    if (a.x.pixel == 1) {
+      parallel_for(context, a.n * a.c, std::max<int64_t>(1, 16384 / a.hw), [&](int64_t begin, int64_t end) {
+        for (int64_t plane = begin; plane < end; plane++) {
+          const int64_t sample = plane / a.c, c = plane % a.c;
+          const T *x = at<T>(a.x, sample, c), *residual = R::value ? at<T>(a.residual, sample, c) : x;
+          const A scale = scales[c], shift = shifts[c];
+          write_row<T>(at<T>(a.y, sample, c), a.hw, far, [=](int64_t i, auto lanes) CONVBLOCKS_LOOP {
+            Vec<A> z = load(x + i, lanes) * scale + shift;
+            if constexpr (R::value) z += load(residual + i, lanes);
+            return activate(z, activation);
+          });
+        }
+        finish_stores();
+      });
+      return;
+    }
+    parallel_for(context, a.n * a.hw, std::max<int64_t>(1, 16384 / a.c), [&](int64_t begin, int64_t end) {
+      for (int64_t pixel = begin; pixel < end; pixel++) {
+        const int64_t sample = pixel / a.hw, p = pixel % a.hw;
+        const T *x = at<T>(a.x, sample, 0, p), *residual = R::value ? at<T>(a.residual, sample, 0, p) : x;
+        write_row<T>(at<T>(a.y, sample, 0, p), a.c, far, [=](int64_t i, auto lanes) CONVBLOCKS_LOOP {
+          Vec<A> z = load(x + i, lanes) * load(scales + i, lanes) + load(shifts + i, lanes);
+          if constexpr (R::value) z += load(residual + i, lanes);
+          return activate(z, activation);
+        });
+      }
+      finish_stores();
+    });
+  });
+}
+
+// Values of all maps that lie side by side in memory: those of a plane, or of the channels of a pixel.
+template <class T, bool kResidual>
+struct Run {
+  const T *grad, *x, *residual;
+  T *grad_x, *grad_residual;
+  Run(const ScaleShiftActBackwardArgs& a, int64_t sample, int64_t channel, int64_t pixel = 0)
+      : grad(at<T>(a.grad, sample, channel, pixel)), x(at<T>(a.x, sample, channel, pixel)),
+        residual(kResidual ? at<T>(a.residual, sample, channel, pixel) : x),
+        grad_x(at<T>(a.grad_x, sample, channel, pixel)),
+        grad_residual(kResidual ? at<T>(a.grad_residual, sample, channel, pixel) : grad_x) {}
+
+  // Writes the gradients of the maps, and returns what they add to those of scale and shift.
+  template <class V, class K, class L>
+  CONVBLOCKS_LOOP Vecs<Acc<T>, 2> backward(int64_t i, L lanes, V scale, V shift, K activation) const {
+    const V value = load(x + i, lanes);
+    V g = load(grad + i, lanes);
+    if (activation != Activation::none) {
+      V z = value * scale + shift;
+      if constexpr (kResidual) z += load(residual + i, lanes);
+      g = activation_backward(g, z, activation);
+    }
+    store(grad_x + i, g * scale, lanes);
+    if constexpr (kResidual) store(grad_residual + i, g, lanes);
+    return {g * value, g};
+  }
+};
+
+template <class T, class W>
+void backward(const Context& context, const ScaleShiftActBackwardArgs& a) {
+  using A = Acc<T>;
+  const int64_t n = a.n, c = a.c, hw = a.hw;
+  const A *scales = widened<A>(context, a.channels.scale, a.channels.dtype, c),
+          *shifts = widened<A>(context, a.channels.shift, a.channels.dtype, c);
+  // Of each sample the sums for the scales, then for the shifts; and those of its parts.
+  const int64_t size = 2 * c + (a.x.pixel == 1 ? 0 : row_sums_size<2>(hw, c));
+  A* workspace = static_cast<A*>(context.workspace(context, n * size * sizeof(A)));
+  choose(a.activation, a.residual, [&]<class R>(auto activation, R) {
+    for_each_sample(context, n, 2 * c * hw, [&](int64_t sample, const Team& team) {
+      A* sums = workspace + sample * size;
+      if (a.x.pixel == 1) {
+        team.split(c, 2 * hw, [=](int64_t begin, int64_t end) {
+          for (int64_t i = begin; i < end; i++) {
+            const Run<T, R::value> run(a, sample, i);
+            const auto scale = splat<Vec<A>>(scales[i]), shift = splat<Vec<A>>(shifts[i]);
+            const auto both = reduce_plane<T, 2>(hw, [=](int64_t p, auto lanes) CONVBLOCKS_LOOP {
+              return run.backward(p, lanes, scale, shift, activation);
+            });
+            sums[i] = both[0];
+            sums[c + i] = both[1];
+          }
+        });
+      } else {
+        reduce_rows<T, 2>(team, hw, c, sums + 2 * c, sums, [=](int64_t p, int64_t i, auto lanes) CONVBLOCKS_LOOP {
+          const Run<T, R::value> run(a, sample, 0, p);
+          return run.backward(i, lanes, load(scales + i, lanes), load(shifts + i, lanes), activation);
+        });
+      }
+    });
+  });
+  for (int64_t i = 0; i < 2 * c; i++) {
+    double total = 0;
+    for (int64_t sample = 0; sample < n; sample++) total += workspace[sample * size + i];
+    static_cast<W*>(i < c ? a.grad_scale : a.grad_shift)[i % c] = static_cast<W>(static_cast<A>(total));
+  }
+}
+
+}  // namespace
+}  // namespace convblocks::cpu
+
+const char* convblocks_scale_shift_act(const convblocks::Context& context, const convblocks::ScaleShiftActArgs& args) {
+  return convblocks::cpu::dispatch(args.dtype, [&]<class T>(T) { convblocks::cpu::forward<T>(context, args); });
+}
+
+const char* convblocks_scale_shift_act_backward(const convblocks::Context& context,
+                                                const convblocks::ScaleShiftActBackwardArgs& args) {
+  return convblocks::cpu::dispatch(args.dtype, [&]<class T>(T) {
+    using A = convblocks::cpu::Acc<T>;
+    if (args.channels.dtype == args.dtype)
+      convblocks::cpu::backward<T, T>(context, args);
+    else
+      convblocks::cpu::backward<T, A>(context, args);
+  });
+}
