@@ -217,7 +217,7 @@ class NormFold(Fold):
                 return self.unfused(x)  # type: ignore[no-any-return]
             scale, shift = fold.kept(fold.sources(), self.eps, partial(fold.scale_shift, None))
             half = x.dtype in (torch.float16, torch.bfloat16) and scale.dtype == torch.float32
-            if x.dim() != 4 or x.shape[1] != len(scale) or not (half or x.dtype == scale.dtype):
+            if x.dim() != 4 or x.shape[1] != scale.shape[0] or not (half or x.dtype == scale.dtype):
                 return fold.unfused(x)  # which says what is wrong
             return run(x, scale, shift, None, fold.activation)
 
@@ -237,6 +237,11 @@ def _train(self: Any, mode: bool = True) -> Any:
     return type(self).source.train(self, mode)
 
 
+def _check_input_dim(self: Any, x: Any) -> None:
+    if not isinstance(x, torch.fx.Proxy):  # a name in a graph, of which torch's norm would be a leaf
+        type(self).source._check_input_dim(self, x)
+
+
 def _rule(prefix: str, source: str, operation: str, forward: Callable[[Run], Forward]) -> Rule:
     def no_check(module: Any) -> None: ...
 
@@ -248,7 +253,7 @@ def _rule(prefix: str, source: str, operation: str, forward: Callable[[Run], For
         channels=lambda module: module.fold.channels,
         check=no_check,
         options={"fold": lambda module: module.fold},
-        constants={"train": _train},
+        constants={"train": _train, **({"_check_input_dim": _check_input_dim} if source in NORMS else {})},
     )
 
 

@@ -198,8 +198,8 @@ def accelerate(
     Known classes: of timm SEModule, SqueezeExcite of the EfficientNets, SEModule of the legacy SENets,
     EffectiveSEModule, EseModule, EcaModule, CecaModule, Conv2dSame where it is depthwise, and Partial_conv3;
     SqueezeExcitation and the InvertedResidual of ShuffleNet V2 of torchvision; SEModule of segmentation_models_pytorch;
-    of torch itself ChannelShuffle, and Conv2d where it is depthwise. With ``fold_bn`` also other Conv2d, BatchNorm2d and
-    timm's BatchNormAct2d.
+    of torch itself ChannelShuffle, and Conv2d where it is depthwise. With ``fold_bn`` also other Conv2d, BatchNorm2d
+    and timm's BatchNormAct2d.
 
     Call it after ``model.to(...)`` and before ``torch.compile``, ``torch.jit`` and ``fully_shard``.
     DistributedDataParallel may come before or after.
