@@ -32,8 +32,12 @@ def size(row: Row) -> str:
     return "x".join(map(str, row.size))
 
 
+def call(row: Row) -> str:
+    return f"{row.op} ({options(row)})" if row.options else row.op
+
+
 def title(row: Row) -> str:
-    return f"{row.op} ({options(row)}), {row.mode}, {row.dtype}, {row.device}"
+    return f"{call(row)}, {row.mode}, {row.dtype}, {row.device}"
 
 
 def case_table(summary: Summary) -> Table:
@@ -67,7 +71,7 @@ def summary_table(results: Results) -> Table:
         means = [number(s.mean(layout)) for layout in (None, "contiguous", "channels_last")]
         least = [number(worst.ratio), f"{size(worst)} {worst.layout}"] if worst else ["-", "-"]
         slow = bool(failed) or worst is None or (s.mean() or 0.0) < 1
-        table.add(first.op, first.mode, first.dtype, cases, *means, *least, bad=slow)
+        table.add(call(first), first.mode, first.dtype, cases, *means, *least, bad=slow)
     return table
 
 
@@ -84,8 +88,9 @@ def machine(header: dict[str, object]) -> str:
     known = {
         name: header.get(name) or "unknown" for name in ("cpu", "threads", "isa_torch", "torch", "convblocks", "date")
     }
+    known["git"] = f" ({str(header['git'])[:8]})" if header.get("git") else ""
     gpu = f"{header['gpu']} (CUDA {header.get('cuda')}), " if header.get("gpu") else ""
-    where = "{cpu}, {threads} threads, {isa_torch}; torch {torch}, convblocks {convblocks}, {date}"
+    where = "{cpu}, {threads} threads, {isa_torch}; torch {torch}, convblocks {convblocks}{git}, {date}"
     return gpu + where.format_map(known)
 
 

@@ -9,10 +9,11 @@ import itertools
 import os
 import shutil
 import subprocess
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -122,6 +123,26 @@ def test_triton_in_full(info: OpInfo, options: Options, arch: int) -> None:
         _check(info, Case(arch, options, dtypes, layout, size))
 
 
+@pytest.mark.parametrize("case", _some_cases(OPS["depthwise_conv2d"]), ids=str)
+def test_triton_with_sums(case: Case) -> None:
+    info = OPS["depthwise_conv2d"]
+    dtype, parameter_dtype = case.dtypes
+    sample = info.sample(case.size, case.options, dtype=dtype, parameter_dtype=parameter_dtype, layout=case.layout)
+    function = importlib.import_module("convblocks.kernels.depthwise_conv2d").depthwise_conv2d_sums
+    _compiled(function, operands(info, sample), case)
+
+
+def _compiled(function: Callable[..., Any], inputs: Sequence[Any], case: Case) -> list[Launch]:
+    """What the function launches: each kernel compiled, without spills."""
+    with captured(case.arch) as launches:
+        function(*inputs)
+    assert launches
+    for launch in launches:
+        (local,) = sass.local_bytes(launch.file()).values()
+        assert local == 0, f"{case}: {function.__name__}: {launch.name} spills {local} bytes a thread"
+    return launches
+
+
 def _check(info: OpInfo, case: Case) -> None:
     dtype, parameter_dtype = case.dtypes
     module = importlib.import_module(f"convblocks.kernels.{info.name}")
@@ -129,12 +150,7 @@ def _check(info: OpInfo, case: Case) -> None:
     arguments, grad = operands(info, sample), info.gradient(sample, case.layout)
     backward = backward_operands(info, sample, grad)
     for name, inputs in ((info.name, arguments), (f"{info.name}_backward", backward)):
-        with captured(case.arch) as launches:
-            getattr(module, name)(*inputs)
-        assert launches
-        for launch in launches:
-            (local,) = sass.local_bytes(launch.file()).values()
-            assert local == 0, f"{case}: {name}: {launch.name} spills {local} bytes a thread"
+        launches = _compiled(getattr(module, name), inputs, case)
         vectors = case.layout != "channels_last" or all(t.shape[1] * dtype.itemsize % 16 == 0 for t in sample.maps)
         if vectors and case.size == ALIGNED and case.layout in LAYOUTS and dtype.itemsize < 8:
             maps = {t.data_ptr() for t in (*sample.maps, grad)}
