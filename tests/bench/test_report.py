@@ -194,7 +194,7 @@ def test_markdown(tmp_path: Path) -> None:
     tables = [line.count("|") for line in page.read_text().splitlines() if line.startswith("|")]
     assert set(tables) == {10, 13}  # every row has the columns of its table
     assert (
-        "| simam | fwd | float32 | 3 (1 failed) | 1.00 | 2.00 | 0.50 | 0.50 | 1x2x3x4 channels_last |"
+        "| simam (e_lambda=0.1) | fwd | float32 | 3 (1 failed) | 1.00 | 2.00 | 0.50 | 0.50 | 1x2x3x4 channels_last |"
         in page.read_text()
     )
 
