@@ -1,6 +1,6 @@
 #include "scale_shift_act.h"
 
-#include <ATen/MemoryOverlap.h>
+#include <ATen/ops/clone.h>
 #include <ATen/ops/empty.h>
 #include <ATen/ops/sum.h>
 #include <torch/csrc/autograd/variable.h>
@@ -111,15 +111,20 @@ struct ScaleShiftAct {
     check(x, scale, shift, residual, activation);
     x.copy_(formula(x, scale, shift, residual, activation));
   }
+  // What is read while x is written over: a copy if it may lie elsewhere in the memory of x.
+  static Tensor apart(const Tensor& t, const Tensor& x) {
+    const bool same = t.const_data_ptr() == x.const_data_ptr() && t.sizes() == x.sizes() && t.strides() == x.strides();
+    return t.is_alias_of(x) && !same ? t.clone() : t;
+  }
   static void run_inplace(const Tensor& x, const Tensor& scale, const Tensor& shift, const MaybeTensor& residual,
                           std::string_view activation) {
     const KernelSlot& slot = Operator<ScaleShiftAct>::forward_slot;
     if (is_empty(x) || !slot.on(x)) return fallback_inplace(x, scale, shift, residual, activation);
     check(x, scale, shift, residual, activation);
-    if (residual.has_value()) at::assert_no_partial_overlap(x, *residual);
     c10::DeviceGuard guard(x.device());
     const Walk to(x, walk_format(x));
-    run(Call(name, slot, x), to.tensor, to.tensor, scale, shift, residual, activation);
+    const MaybeTensor other = residual.has_value() ? MaybeTensor(apart(*residual, x)) : residual;
+    run(Call(name, slot, x), to.tensor, to.tensor, apart(scale, x), apart(shift, x), other, activation);
     if (!to.tensor.is_same(x)) x.copy_(to.tensor);
   }
   static void counted_inplace(const Tensor& x, const Tensor& scale, const Tensor& shift, const MaybeTensor& residual,

@@ -27,7 +27,10 @@ def scale_shift_act(x: Tensor, scale: Tensor, shift: Tensor, residual: Tensor | 
 
 
 def scale_shift_act_(x: Tensor, scale: Tensor, shift: Tensor, residual: Tensor | None, activation: str) -> None:
-    if Maps(x).arguments[0] is x:
+    memory = x.untyped_storage().data_ptr()
+    others = [t for t in (scale, shift, residual) if t is not None and t is not x]
+    is_apart = all(t.untyped_storage().data_ptr() != memory for t in others)  # else read where x is written over
+    if is_apart and Maps(x).arguments[0] is x:
         _write(x, x, scale, shift, residual, activation)
     else:
         x.copy_(scale_shift_act(x, scale, shift, residual, activation))

@@ -10,11 +10,15 @@ from __future__ import annotations
 
 import logging
 import os
+import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 
 # Before torch is loaded: threads that spin while idle slow small tests twentyfold on a busy machine.
 os.environ.setdefault("OMP_WAIT_POLICY", "passive")
+# Inductor's cache does not tell apart graphs that are compiled for different instruction sets.
+if isa := os.environ.get("ATEN_CPU_CAPABILITY"):
+    os.environ.setdefault("TORCHINDUCTOR_CACHE_DIR", os.path.join(tempfile.gettempdir(), f"convblocks-inductor-{isa}"))
 
 import pytest
 import torch

@@ -179,7 +179,8 @@ class DenseFold(Fold):
         def forward(self: Any, x: Tensor) -> Tensor:
             fold: DenseFold = self.fold
             if not fold.active(self, x):
-                return self.unfused(x)  # type: ignore[no-any-return]
+                unfolded: Tensor = self.unfused(x)
+                return unfolded
             if not fold.fits(x) or self.padding_mode != "zeros":
                 return fold.unfused(x)
             norm = fold.norm
@@ -214,7 +215,8 @@ class NormFold(Fold):
         def forward(self: Any, x: Tensor) -> Tensor:
             fold: NormFold = self.fold
             if not fold.active(self, x):
-                return self.unfused(x)  # type: ignore[no-any-return]
+                unfolded: Tensor = self.unfused(x)
+                return unfolded
             scale, shift = fold.kept(fold.sources(), self.eps, partial(fold.scale_shift, None))
             half = x.dtype in (torch.float16, torch.bfloat16) and scale.dtype == torch.float32
             if x.dim() != 4 or x.shape[1] != scale.shape[0] or not (half or x.dtype == scale.dtype):

@@ -66,7 +66,8 @@ def scale_shift_act(
         shift: (C,).
         activation: "none", "relu", "relu6", "silu", "gelu", "gelu_tanh", "hardswish" or "leaky_relu" (slope 0.01).
         residual: a map of x's size and dtype, any strides; or None.
-        inplace: writes over x. For inference only. The residual may be x itself, but not another part of its memory.
+        inplace: writes over x. For inference only. The residual may be x itself; one in another place of its memory is
+            copied first.
 
         Scale and shift are of one dtype: that of x, or float32 with a half-precision x.
 

@@ -43,6 +43,16 @@ def test_the_input_as_its_own_residual(backend: str, device: str) -> None:
     torch.testing.assert_close(scale_shift_act(x, scale, shift, residual=x, inplace=True), expected)
 
 
+@pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last])
+def test_other_inputs_in_the_memory_of_the_input(layout: torch.memory_format, backend: str, device: str) -> None:
+    whole = torch.randn(2, 18, 16, 16, device=device).to(memory_format=layout)
+    x, residual, scale, shift = whole[:, :9], whole[:, 4:13], whole[0, :9, 0, 0], whole[1, :9, 3, 3]
+    expected, rest = reference(x, scale, shift, residual, "relu"), whole[:, 9:].clone()
+    scale_shift_act(x, scale, shift, activation="relu", residual=residual, inplace=True)
+    torch.testing.assert_close(x, expected)
+    assert torch.equal(whole[:, 9:], rest)
+
+
 @pytest.mark.parametrize("size", [(0, 9, 6, 5), (2, 9, 0, 5)])
 def test_nothing_in_place(size: tuple[int, ...], backend: str, device: str) -> None:
     x, (scale, shift) = torch.randn(size, device=device), _channels(device)
