@@ -43,11 +43,13 @@ def test_sizes_and_layouts(
     backend: str,
     device: str,
 ) -> None:
-    """Every size in every layout; ``count`` of them where the backend is interpreted or emulated."""
+    """Every size in every layout; ``count`` of them where the backend is interpreted or emulated. Of the reference,
+    which is what it is measured by, one in eight."""
     if (dtype, parameter_dtype) not in dtype_pairs(info):
         pytest.skip("has no parameters")
     wrong = []
-    for size, layout, grad_layout in affordable(places(info), count, f"{options}{dtype}{parameter_dtype}"):
+    cases = affordable(places(info), count, f"{options}{dtype}{parameter_dtype}")
+    for size, layout, grad_layout in cases[:: 8 if backend == "reference" else 1]:
         sample = with_grad(
             info.sample(size, options, dtype=dtype, parameter_dtype=parameter_dtype, layout=layout, device=device)
         )
