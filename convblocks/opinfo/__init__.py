@@ -1,6 +1,8 @@
 """The records of all operations."""
 
 from convblocks.opinfo import (
+    apply_gates,
+    channel_pool,
     channel_shuffle,
     concat_shuffle,
     depthwise_conv2d,
@@ -21,6 +23,8 @@ _MODULES = (
     depthwise_conv2d,
     partial_conv2d,
     scale_shift_act,
+    channel_pool,
+    apply_gates,
 )
 OPS: dict[str, OpInfo] = {module.INFO.name: module.INFO for module in _MODULES}
 

@@ -1,5 +1,7 @@
 """The operations as functions: forward and backward on every backend."""
 
+from convblocks.ops.apply_gates import apply_gates
+from convblocks.ops.channel_pool import channel_pool
 from convblocks.ops.channel_shuffle import channel_shuffle
 from convblocks.ops.concat_shuffle import concat_shuffle
 from convblocks.ops.depthwise_conv2d import depthwise_conv2d
@@ -10,6 +12,8 @@ from convblocks.ops.simam import simam
 from convblocks.ops.squeeze_excite import squeeze_excite
 
 __all__ = [
+    "apply_gates",
+    "channel_pool",
     "channel_shuffle",
     "concat_shuffle",
     "depthwise_conv2d",
