@@ -62,5 +62,6 @@ INFO = OpInfo(
     bad_inputs=_bad_inputs,
     forward_flops=lambda s: 2 * s.x.numel(),
     backward_flops=lambda s: 6 * s.x.numel(),
+    traffic_channels=64,
     gpu_traffic=(1.2, 1.2),
 )

@@ -49,5 +49,6 @@ INFO = OpInfo(
     bad_inputs=_bad_inputs,
     forward_flops=lambda s: 3 * s.x.numel(),
     backward_flops=lambda s: 7 * s.x.numel(),
-    gpu_traffic=(1.2, 1.6),  # backward: reads the map twice, and writes once
+    traffic_channels=64,
+    gpu_traffic=(1.2, 1.7),  # backward: reads the map twice, and writes it once
 )

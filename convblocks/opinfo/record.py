@@ -96,6 +96,7 @@ class OpInfo:
     backward_flops: Callable[[Sample], int]
     gpu_traffic: tuple[float, float]  # bytes that GPU kernels may move, forward and backward, over least_bytes
     bench_sizes: tuple[tuple[Size, ...], ...] = ()  # of each in bench, the most telling first; else the benchmark's own
+    traffic_channels: int = 0  # of the maps by which gpu_traffic is judged, where few would tell nothing
     sizes: tuple[Size, ...] = (
         (2, 8, 7, 7),
         (1, 3, 5, 9),

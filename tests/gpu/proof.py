@@ -73,7 +73,10 @@ each_traffic = pytest.mark.parametrize(
 
 def prove_traffic(info: OpInfo, size: Size, dtype: torch.dtype, layout: str, backward: bool, watch: Watch) -> None:
     """What a GPU has to keep on chip is not fetched again: bytes in whole sectors against ``least_bytes``."""
-    sample = info.sample(size, info.bench[0], dtype=dtype, layout=layout)
+    n, c, h, w = size
+    if c < info.traffic_channels:
+        n, c, h, w = 1, info.traffic_channels, 28, 28
+    sample = info.sample((n, c, h, w), info.bench[0], dtype=dtype, layout=layout)
     arguments = operands(info, sample)
     if backward:
         arguments = backward_operands(info, sample, info.gradient(sample, layout))
