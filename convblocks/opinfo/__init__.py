@@ -7,6 +7,7 @@ from convblocks.opinfo import (
     eca,
     partial_conv2d,
     scale_shift_act,
+    scse,
     simam,
     squeeze_excite,
 )
@@ -21,6 +22,7 @@ _MODULES = (
     depthwise_conv2d,
     partial_conv2d,
     scale_shift_act,
+    scse,
 )
 OPS: dict[str, OpInfo] = {module.INFO.name: module.INFO for module in _MODULES}
 

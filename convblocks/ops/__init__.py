@@ -6,6 +6,7 @@ from convblocks.ops.depthwise_conv2d import depthwise_conv2d
 from convblocks.ops.eca import eca
 from convblocks.ops.partial_conv2d import partial_conv2d
 from convblocks.ops.scale_shift_act import scale_shift_act
+from convblocks.ops.scse import scse
 from convblocks.ops.simam import simam
 from convblocks.ops.squeeze_excite import squeeze_excite
 
@@ -16,6 +17,7 @@ __all__ = [
     "eca",
     "partial_conv2d",
     "scale_shift_act",
+    "scse",
     "simam",
     "squeeze_excite",
 ]
