@@ -106,8 +106,15 @@ struct ChannelAttention {
     for (auto& t : dense) {
       if (t.has_value()) t = t->contiguous();
     }
-    return {dtype_of(w2),      w1.size(0),        data_of(dense[0]), data_of(dense[1]), data_of(dense[2]),
-            data_of(dense[3]), activation_of(activation), gate_of(gate), false};
+    return {dtype_of(w2),
+            w1.size(0),
+            data_of(dense[0]),
+            data_of(dense[1]),
+            data_of(dense[2]),
+            data_of(dense[3]),
+            activation_of(activation),
+            gate_of(gate),
+            false};
   }
 
   static void run(const Call& kernel, const Tensor& y, const Tensor& x, const Tensor& w1, const MaybeTensor& b1,

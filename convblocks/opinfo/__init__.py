@@ -2,6 +2,7 @@
 
 from convblocks.opinfo import (
     apply_gates,
+    channel_attention,
     channel_pool,
     channel_shuffle,
     concat_shuffle,
@@ -9,6 +10,7 @@ from convblocks.opinfo import (
     eca,
     partial_conv2d,
     scale_shift_act,
+    scse,
     simam,
     squeeze_excite,
 )
@@ -23,8 +25,10 @@ _MODULES = (
     depthwise_conv2d,
     partial_conv2d,
     scale_shift_act,
+    channel_attention,
     channel_pool,
     apply_gates,
+    scse,
 )
 OPS: dict[str, OpInfo] = {module.INFO.name: module.INFO for module in _MODULES}
 

@@ -113,6 +113,7 @@ class OpInfo:
     per_sample: Callable[[Tensor], tuple[Tensor, ...]] | None = None  # of one whose other arguments are so: for any map
     bad_gradients: Callable[[str], Iterator[BadInput]] | None = None  # of a linear one, where not as bad_inputs
     autocasts: bool = False  # computes, as torch's convolutions do, in the dtype of autocast
+    largest: Callable[[Options], float] = lambda o: 60000.0  # values, in float16, of which the results are finite
     by_torch: bool = False  # what it computes, torch does: it promises no more than torch
 
     def sample(

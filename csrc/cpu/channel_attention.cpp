@@ -18,14 +18,17 @@ template <class T, bool kTies>
 void pool_plane(const T* x, int64_t hw, Acc<T>* mean, Acc<T>* max, Acc<T>* ties) {
   using A = Acc<T>;
   constexpr int L = kLanes<T>, kStep = 4;
-  *mean = reduce_plane<T, 1>(hw, [=](int64_t p, auto lanes) CONVBLOCKS_LOOP { return Vecs<A, 1>{load(x + p, lanes)}; })[0] / A(hw);
+  *mean =
+      reduce_plane<T, 1>(hw, [=](int64_t p, auto lanes) CONVBLOCKS_LOOP { return Vecs<A, 1>{load(x + p, lanes)}; })[0] /
+      A(hw);
   Vec<A> most[kStep];
   std::fill_n(most, kStep, splat<Vec<A>>(kLowest<A>));
   int64_t p = 0;
   for (; p + kStep * L <= hw; p += kStep * L) {
     for (int s = 0; s < kStep; s++) most[s] = max_or_nan(most[s], load(x + p + s * L));
   }
-  for_lanes<T>(hw - p, [&](int64_t i, auto lanes) { most[0] = max_or_nan(most[0], load(x + p + i, lanes, kLowest<A>)); });
+  for_lanes<T>(hw - p,
+               [&](int64_t i, auto lanes) { most[0] = max_or_nan(most[0], load(x + p + i, lanes, kLowest<A>)); });
   *max = max_lanes(max_or_nan(max_or_nan(most[0], most[1]), max_or_nan(most[2], most[3])));
   if constexpr (kTies) {
     Vec<A> count{};
@@ -140,9 +143,8 @@ void run_layers(const Layers<A>& layers, int64_t count, const Numbers<A>& s) {
   }
   linear(count, c, r, layers.w2, layers.b2, s.active, r, s.logits, c);
   for (int64_t i = 0; layers.b2 && i < count; i++) {  // once for each way to pool
-    for_lanes<A>(c, [=, to = s.logits + i * c, b2 = layers.b2](int64_t j, auto lanes) CONVBLOCKS_LOOP {
-      store(to + j, load(to + j, lanes) + load(b2 + j, lanes), lanes);
-    });
+    for_lanes<A>(c, [=, to = s.logits + i * c, b2 = layers.b2](int64_t j, auto lanes)
+                        CONVBLOCKS_LOOP { store(to + j, load(to + j, lanes) + load(b2 + j, lanes), lanes); });
   }
 }
 
@@ -160,9 +162,9 @@ void forward(const Context& context, const ChannelAttentionArgs& a) {
       pool_sample<T, false>(team, a.x, first + s, c, hw, workspace + (first + s) * size, mean, mean + c, nullptr);
     }
     run_layers(layers, count, own);
-    for_lanes<T>(count * c, [=, gate = layers.gate, to = static_cast<T*>(a.y) + first * c](int64_t i, auto lanes) CONVBLOCKS_LOOP {
-      store(to + i, apply_gate(load(own.logits + i, lanes), gate), lanes);
-    });
+    for_lanes<T>(count * c,
+                 [=, gate = layers.gate, to = static_cast<T*>(a.y) + first * c](int64_t i, auto lanes)
+                     CONVBLOCKS_LOOP { store(to + i, apply_gate(load(own.logits + i, lanes), gate), lanes); });
   });
 }
 
@@ -207,32 +209,35 @@ void backward(const Context& context, const ChannelAttentionBackwardArgs& a) {
   const Numbers<A> all(context, n, c, r);
   A* workspace = static_cast<A*>(context.workspace(context, n * size * sizeof(A)));
   const bool far = exceeds_caches(context, n * c * hw * sizeof(T));
-  for_each_group(context, n, group_size(2 * c * hw * sizeof(T)), 2 * c * hw, [&](int64_t first, int64_t count, const Team& team) {
-    const Numbers<A> own = all.at(first, c, r);
-    const auto space = [=](int64_t s) { return workspace + (first + s) * size; };
-    for (int64_t s = 0; s < count; s++) {
-      A *mean = own.pooled + 2 * s * c, *ties = space(s);
-      pool_sample<T, true>(team, a.x, first + s, c, hw, ties + 3 * c, mean, mean + c, ties);
-    }
-    run_layers(layers, count, own);
-    const T* grad = static_cast<const T*>(a.grad) + first * c;
-    for_lanes<T>(count * c, [=, gate = layers.gate](int64_t i, auto lanes) CONVBLOCKS_LOOP {
-      const Vec<A> logit = load(own.logits + i, lanes);
-      store(own.logits + i, gate_backward(load(grad + i, lanes), logit, apply_gate(logit, gate), gate), lanes);
-    });
-    for (int64_t s = 0; s < count; s++) {
-      A *hidden = own.hidden + 2 * s * r, *by_mean = space(s) + c;
-      const A* logits = own.logits + s * c;
-      sum_rows<1, A>(c, r, layers.w2, [=](int64_t i, int) { return logits[i]; },
-                     [=, kind = layers.activation](int, int64_t j, auto lanes, Vec<A> sum) {
-                       store(hidden + j, activation_backward(sum, load(hidden + j, lanes), kind), lanes);
-                       store(hidden + r + j, activation_backward(sum, load(hidden + r + j, lanes), kind), lanes);
-                     });
-      sum_rows<2, A>(r, c, layers.w1, [=](int64_t i, int g) { return hidden[g * r + i]; },
-                     [=](int g, int64_t j, auto lanes, Vec<A> sum) { store(by_mean + g * c + j, sum, lanes); });
-      write_gradient<T>(team, a, first + s, by_mean, by_mean + c, own.pooled + (2 * s + 1) * c, space(s), far);
-    }
-  });
+  for_each_group(
+      context, n, group_size(2 * c * hw * sizeof(T)), 2 * c * hw, [&](int64_t first, int64_t count, const Team& team) {
+        const Numbers<A> own = all.at(first, c, r);
+        const auto space = [=](int64_t s) { return workspace + (first + s) * size; };
+        for (int64_t s = 0; s < count; s++) {
+          A *mean = own.pooled + 2 * s * c, *ties = space(s);
+          pool_sample<T, true>(team, a.x, first + s, c, hw, ties + 3 * c, mean, mean + c, ties);
+        }
+        run_layers(layers, count, own);
+        const T* grad = static_cast<const T*>(a.grad) + first * c;
+        for_lanes<T>(count * c, [=, gate = layers.gate](int64_t i, auto lanes) CONVBLOCKS_LOOP {
+          const Vec<A> logit = load(own.logits + i, lanes);
+          store(own.logits + i, gate_backward(load(grad + i, lanes), logit, apply_gate(logit, gate), gate), lanes);
+        });
+        for (int64_t s = 0; s < count; s++) {
+          A *hidden = own.hidden + 2 * s * r, *by_mean = space(s) + c;
+          const A* logits = own.logits + s * c;
+          sum_rows<1, A>(
+              c, r, layers.w2, [=](int64_t i, int) { return logits[i]; },
+              [=, kind = layers.activation](int, int64_t j, auto lanes, Vec<A> sum) {
+                store(hidden + j, activation_backward(sum, load(hidden + j, lanes), kind), lanes);
+                store(hidden + r + j, activation_backward(sum, load(hidden + r + j, lanes), kind), lanes);
+              });
+          sum_rows<2, A>(
+              r, c, layers.w1, [=](int64_t i, int g) { return hidden[g * r + i]; },
+              [=](int g, int64_t j, auto lanes, Vec<A> sum) { store(by_mean + g * c + j, sum, lanes); });
+          write_gradient<T>(team, a, first + s, by_mean, by_mean + c, own.pooled + (2 * s + 1) * c, space(s), far);
+        }
+      });
   sum_of_products(context, n, c, r, all.logits, all.active, static_cast<W*>(a.grad_w2), static_cast<W*>(nullptr));
   sum_of_products(context, 2 * n, r, c, all.hidden, all.pooled, static_cast<W*>(a.grad_w1), static_cast<W*>(a.grad_b1));
   for (int64_t i = 0; a.grad_b2 && i < c; i++) {
@@ -254,7 +259,9 @@ const char* convblocks_channel_attention_backward(const convblocks::Context& con
                                                   const convblocks::ChannelAttentionBackwardArgs& args) {
   return convblocks::cpu::dispatch(args.dtype, [&]<class T>(T) {
     using A = convblocks::cpu::Acc<T>;
-    if (args.weights.dtype == args.dtype) convblocks::cpu::backward<T, T>(context, args);
-    else convblocks::cpu::backward<T, A>(context, args);
+    if (args.weights.dtype == args.dtype)
+      convblocks::cpu::backward<T, T>(context, args);
+    else
+      convblocks::cpu::backward<T, A>(context, args);
   });
 }
