@@ -72,7 +72,7 @@ struct ChannelAttention {
                         const MaybeTensor& b2, std::string_view activation, std::string_view gate) {
     const Activation kind = activation_of(activation);
     const Terms mean(x.mean({2, 3}), w1, b1, w2, b2, kind), max(x.amax({2, 3}), w1, b1, w2, b2, kind);
-    return apply_gate(mean.logit + max.logit, gate_of(gate)).unsqueeze(-1).unsqueeze(-1);
+    return apply_gate(mean.logit + max.logit, gate_of(gate)).to(x.scalar_type()).unsqueeze(-1).unsqueeze(-1);
   }
 
   static Gradients backward_formula(const Tensor& grad, const Tensor& x, const Tensor& w1, const MaybeTensor& b1,

@@ -44,7 +44,8 @@ def reference(
     def layers(s: Tensor) -> Tensor:
         return linear(ACTIVATIONS[activation](linear(s, w1, b1)), w2, b2)
 
-    return GATES[gate](layers(x.mean((2, 3))) + layers(x.amax((2, 3))))[:, :, None, None]
+    y = GATES[gate](layers(x.mean((2, 3))) + layers(x.amax((2, 3))))
+    return y[:, :, None, None].to(x.dtype)  # also under autocast
 
 
 operator = Operator(
