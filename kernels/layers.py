@@ -27,10 +27,11 @@ def contiguous(t: Tensor | None) -> Tensor | None:
 
 class Layers:
     """The layers above the squeezed planes of a map (pool.py). A layer takes the values ``hidden`` of the layer below,
-    before their activation, or the squeezed planes where that is None."""
+    before their activation, or the squeezed planes where that is None; of ``ways`` times as many samples as the map
+    has."""
 
-    def __init__(self, maps: Maps, sums: Tensor, splits: int, add_max: bool = False) -> None:
-        self.maps, self.sums, self.splits, self.add_max = maps, sums, splits, add_max
+    def __init__(self, maps: Maps, sums: Tensor, splits: int, add_max: bool = False, ways: int = 1) -> None:
+        self.maps, self.sums, self.splits, self.add_max, self.n = maps, sums, splits, add_max, ways * maps.n
 
     def layer(
         self,
@@ -42,7 +43,7 @@ class Layers:
         backward: bool = False,
     ) -> Tensor:
         """(N, M) values, gates with ``gate``; (2, N, M) with their derivatives times q behind them for the backward."""
-        n, (m, k) = self.maps.n, w.shape[:2]
+        n, (m, k) = self.n, w.shape[:2]
         out = self.maps.sums(*((2,) if backward else ()), n, m)
         block_n, block_m = min(power_of_2(n), 8), min(power_of_2(m), 8)
         _layer[(triton.cdiv(n, block_n) * triton.cdiv(m, block_m),)](
@@ -76,7 +77,7 @@ class Layers:
         activation: str | None = None,
     ) -> Tensor:
         """The gradient (N, K) of what the layer takes."""
-        n, (m, k) = self.maps.n, w.shape[:2]
+        n, (m, k) = self.n, w.shape[:2]
         out = self.maps.sums(n, k)
         block_n, block_k = min(power_of_2(n), 8), min(power_of_2(k), 8)
         inputs = triton.cdiv(n, block_n) * triton.cdiv(k, block_k)
