@@ -125,10 +125,10 @@ def scse(name: str, source: str) -> Rule:
             if layers._modules.keys() != kinds.keys():
                 raise Refused(f"{part} has {len(layers)} layers, not {len(kinds)}")
             for key, kind in kinds.items():
-                if kind is nn.Conv2d:
-                    _pointwise(layers, key)
-                else:
-                    child(layers, key, kind)
+                try:
+                    _pointwise(layers, key) if kind is nn.Conv2d else child(layers, key, kind)
+                except Refused as refusal:
+                    raise Refused(f"{part}.{refusal}") from None
         if module.cSE[0].output_size not in (1, (1, 1)):
             raise Refused("cSE.0 does not pool to one pixel")
         if module.cSE[1].out_channels == 0:
