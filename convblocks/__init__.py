@@ -13,6 +13,8 @@ from convblocks.accelerate import accelerate, is_accelerated, revert  # noqa: E4
 from convblocks.backends import use_backend, why_not  # noqa: E402
 from convblocks.blocks import (  # noqa: E402
     ECA,
+    SCSE,
+    ChannelSE,
     ChannelShuffle,
     DepthwiseConv2d,
     DepthwiseSeparableConv,
@@ -22,6 +24,7 @@ from convblocks.blocks import (  # noqa: E402
     ShuffleNetV1Unit,
     ShuffleNetV2Unit,
     SimAM,
+    SpatialSE,
     SqueezeExcite,
     convert_state_dict,
 )
@@ -29,6 +32,8 @@ from convblocks.blocks import (  # noqa: E402
 __version__ = "0.1.0"
 __all__ = [
     "ECA",
+    "SCSE",
+    "ChannelSE",
     "ChannelShuffle",
     "DepthwiseConv2d",
     "DepthwiseSeparableConv",
@@ -38,6 +43,7 @@ __all__ = [
     "ShuffleNetV1Unit",
     "ShuffleNetV2Unit",
     "SimAM",
+    "SpatialSE",
     "SqueezeExcite",
     "accelerate",
     "backends",

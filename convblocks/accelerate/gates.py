@@ -10,6 +10,7 @@ from torch import nn
 
 from convblocks.accelerate.rule import Refused, Rule, child
 from convblocks.blocks import eca as eca_block
+from convblocks.blocks import scse as scse_block
 from convblocks.blocks import squeeze_excite as squeeze_excite_block
 from convblocks.blocks.arguments import function_of
 from convblocks.ops.gate import ACTIVATIONS, GATES
@@ -108,4 +109,40 @@ def eca(name: str, source: str, gate: str, padding_mode: str) -> Rule:
         check=check,
         options={"gate_name": partial(_function, gate, GATES)},
         constants={"padding_mode": padding_mode},
+    )
+
+
+_CHANNEL = {"0": nn.AdaptiveAvgPool2d, "1": nn.Conv2d, "2": nn.ReLU, "3": nn.Conv2d, "4": nn.Sigmoid}
+_SPATIAL = {"0": nn.Conv2d, "1": nn.Sigmoid}
+
+
+def scse(name: str, source: str) -> Rule:
+    """A rule for ``cSE(x)`` and ``sSE(x)``, two sequences of layers, added up."""
+
+    def check(module: Any) -> None:
+        for part, kinds in (("cSE", _CHANNEL), ("sSE", _SPATIAL)):
+            layers = child(module, part, nn.Sequential)
+            if layers._modules.keys() != kinds.keys():
+                raise Refused(f"{part} has {len(layers)} layers, not {len(kinds)}")
+            for key, kind in kinds.items():
+                try:
+                    _pointwise(layers, key) if kind is nn.Conv2d else child(layers, key, kind)
+                except Refused as refusal:
+                    raise Refused(f"{part}.{refusal}") from None
+        if module.cSE[0].output_size not in (1, (1, 1)):
+            raise Refused("cSE.0 does not pool to one pixel")
+        if module.cSE[1].out_channels == 0:
+            raise Refused("cSE.1 has no outputs")
+        if module.sSE[0].out_channels != 1:
+            raise Refused("sSE.0 has more than one output")
+
+    return Rule(
+        name,
+        source,
+        "scse",
+        partial(scse_block.fused_forward, nn.Sequential, _CHANNEL, nn.Sequential, _SPATIAL),
+        channels=lambda module: module._modules["sSE"]._modules["0"].in_channels,
+        check=check,
+        options={},
+        constants={"mode": "add"},
     )

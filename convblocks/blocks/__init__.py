@@ -7,12 +7,15 @@ from convblocks.blocks.depthwise_separable_conv import DepthwiseSeparableConv
 from convblocks.blocks.eca import ECA
 from convblocks.blocks.fasternet import FasterNetBlock
 from convblocks.blocks.partial_conv import PartialConv
+from convblocks.blocks.scse import SCSE, ChannelSE, SpatialSE
 from convblocks.blocks.shufflenet import ShuffleNetV1Unit, ShuffleNetV2Unit
 from convblocks.blocks.simam import SimAM
 from convblocks.blocks.squeeze_excite import EffectiveSqueezeExcite, SqueezeExcite
 
 __all__ = [
     "ECA",
+    "SCSE",
+    "ChannelSE",
     "ChannelShuffle",
     "DepthwiseConv2d",
     "DepthwiseSeparableConv",
@@ -22,6 +25,7 @@ __all__ = [
     "ShuffleNetV1Unit",
     "ShuffleNetV2Unit",
     "SimAM",
+    "SpatialSE",
     "SqueezeExcite",
     "convert_state_dict",
 ]

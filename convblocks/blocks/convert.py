@@ -129,13 +129,23 @@ LAYOUTS = (
             separable("conv_dw", "bn_dw", "conv_pw", "bn_pw"),  # aligned Xception
         ),
     ),
-    Layout("segmentation_models_pytorch", (separable("0", "2", "1", "3"),)),
-    # moskomule's senet.pytorch and External-Attention (two linear layers), ECANet
+    Layout(
+        "segmentation_models_pytorch",
+        (
+            rename(r"(.*\.)?cSE\.1\.(.+)", r"\1cSE.fc1.\2"),
+            rename(r"(.*\.)?cSE\.3\.(.+)", r"\1cSE.fc2.\2"),
+            rename(r"(.*\.)?sSE\.0\.(.+)", r"\1sSE.conv.\2"),
+            separable("0", "2", "1", "3"),
+        ),
+    ),
+    # moskomule's senet.pytorch and External-Attention (two linear layers), ECANet, the authors' scSE (linear, too)
     Layout(
         "official",
         (
             _SE_MODULE,
             bottleneck("fc.0", "fc.2"),
+            bottleneck("fc1", "fc2", r"(.*\.)?cSE\."),
+            bottleneck("Conv_Squeeze", "Conv_Excitation", r"(.*\.)?cSE\."),
             rename(r"(.*\.)eca\.(conv\..+)", r"\1se.\2"),
             separable("conv", "bn1", "pointwise", "bn2"),
             separable("depthwise_conv", "bn1", "pointwise_conv", "bn2"),
@@ -191,9 +201,10 @@ def convert_state_dict(sd: Mapping[str, Any], source: str | None = None, model: 
 
     Known layouts, of a block or of a whole network: "timm" (EfficientNet's ``conv_reduce`` / ``conv_expand``,
     ``se_module``, HGNet's one-layer ``att.conv``), "torchvision", "official" (the linear layers ``fc.0`` / ``fc.2`` of
-    senet.pytorch and External-Attention, ECANet's ``eca``), "pytorchcv" (``conv1`` / ``conv2``),
-    "efficientnet_pytorch" (``_se_reduce`` / ``_se_expand``), "segmentation_models_pytorch", "convblocks"; of most also
-    the names of a depthwise-separable convolution's layers. The prefixes of DataParallel and torch.compile are dropped.
+    senet.pytorch and External-Attention, those of scSE's authors, ECANet's ``eca``), "pytorchcv" (``conv1`` /
+    ``conv2``), "efficientnet_pytorch" (``_se_reduce`` / ``_se_expand``), "segmentation_models_pytorch" (the numbered
+    layers of its scSE), "convblocks"; of most also the names of a depthwise-separable convolution's layers. The
+    prefixes of DataParallel and torch.compile are dropped.
 
     Args:
         sd: a state dict; it stays as it is. The result shares its tensors.

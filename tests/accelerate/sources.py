@@ -6,6 +6,7 @@ import sys
 from collections.abc import Callable
 from functools import partial
 from types import ModuleType
+from typing import Any
 
 import pytest
 import torch
@@ -40,16 +41,34 @@ class SmpSEModule(nn.Module):
         return x * self.sigmoid(self.fc2(self.relu(self.fc1(self.avg_pool(x)))))
 
 
-def _as_if_of_smp() -> None:
-    name = "segmentation_models_pytorch.encoders._senet"
-    SmpSEModule.__module__, SmpSEModule.__qualname__ = name, "SEModule"
-    SmpSEModule.forward.__module__, SmpSEModule.forward.__qualname__ = name, "SEModule.forward"
-    module = ModuleType(name)
-    module.SEModule = SmpSEModule  # type: ignore[attr-defined]
-    sys.modules[name] = module
+class SmpSCSEModule(nn.Module):
+    """As the decoders of segmentation_models_pytorch have it."""
+
+    def __init__(self, in_channels: int, reduction: int = 16) -> None:
+        super().__init__()
+        self.cSE = nn.Sequential(
+            nn.AdaptiveAvgPool2d(1),
+            nn.Conv2d(in_channels, in_channels // reduction, 1),
+            nn.ReLU(inplace=True),
+            nn.Conv2d(in_channels // reduction, in_channels, 1),
+            nn.Sigmoid(),
+        )
+        self.sSE = nn.Sequential(nn.Conv2d(in_channels, 1, 1), nn.Sigmoid())
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x * self.cSE(x) + x * self.sSE(x)
 
 
-_as_if_of_smp()
+def _as_if_of_smp(cls: type[nn.Module], name: str, qualname: str) -> None:
+    forward: Any = cls.forward
+    cls.__module__, cls.__qualname__ = name, qualname
+    forward.__module__, forward.__qualname__ = name, f"{qualname}.forward"
+    sys.modules[name] = ModuleType(name)
+    setattr(sys.modules[name], qualname, cls)
+
+
+_as_if_of_smp(SmpSEModule, "segmentation_models_pytorch.encoders._senet", "SEModule")
+_as_if_of_smp(SmpSCSEModule, "segmentation_models_pytorch.base.modules", "SCSEModule")
 
 SOURCES: dict[str, Callable[[], nn.Module]] = {
     "se": partial(SEModule, CHANNELS),
@@ -65,6 +84,7 @@ SOURCES: dict[str, Callable[[], nn.Module]] = {
     "efficientnet-hard": partial(SqueezeExcite, CHANNELS, act_layer="hard_swish", gate_layer="hard_sigmoid"),
     "senet": partial(SenetSEModule, CHANNELS, 4),
     "smp": partial(SmpSEModule, CHANNELS, 4),
+    "smp-scse": partial(SmpSCSEModule, CHANNELS),
     "ese": partial(EffectiveSEModule, CHANNELS),
     "ese-maxpool-sigmoid": partial(EffectiveSEModule, CHANNELS, add_maxpool=True, gate_layer="sigmoid"),
     "hgnet": partial(EseModule, CHANNELS),

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import pytest
 import torch
+from torch import nn
 from torch.nn.utils import prune
 
 import convblocks
-from tests.accelerate.sources import CHANNELS, InvertedResidual, SEModule, made, network
+from tests.accelerate.sources import CHANNELS, InvertedResidual, SEModule, SmpSCSEModule, made, network
 
 
 def test_hooks_on_the_module_fire() -> None:
@@ -47,3 +48,20 @@ def test_backward_hook_of_a_layer_afterwards_fires() -> None:
     module.fc2.register_full_backward_hook(lambda *_: seen.append("full"))
     module(torch.randn(2, CHANNELS, 6, 6, requires_grad=True)).sum().backward()
     assert seen == ["full"]
+
+
+def test_changes_in_the_parts_of_scse_afterwards_count() -> None:
+    """A hook on any layer, another activation, one layer more: what is in the module is called again."""
+    x = torch.randn(2, CHANNELS, 6, 6)
+    module = made(lambda: SmpSCSEModule(CHANNELS))
+    convblocks.accelerate(module, include="", strict=True)
+    plain = module(x)
+    seen: list[str] = []
+    handle = module.cSE[4].register_forward_hook(lambda *_: seen.append("gate"))
+    module.sSE.register_forward_hook(lambda *_: seen.append("part"))
+    torch.testing.assert_close(module(x), plain)
+    assert seen == ["gate", "part"]
+    handle.remove()
+    for change in (lambda: module.cSE.__setitem__(2, nn.SiLU()), lambda: module.sSE.append(nn.ReLU())):
+        change()
+        torch.testing.assert_close(module(x), x * module.cSE(x) + x * module.sSE(x))
