@@ -12,8 +12,10 @@ from convblocks import backends, ops  # noqa: E402
 from convblocks.accelerate import accelerate, is_accelerated, revert  # noqa: E402  (the function hides its package)
 from convblocks.backends import use_backend, why_not  # noqa: E402
 from convblocks.blocks import (  # noqa: E402
+    CBAM,
     ECA,
     SCSE,
+    ChannelAttention,
     ChannelSE,
     ChannelShuffle,
     DepthwiseConv2d,
@@ -24,6 +26,7 @@ from convblocks.blocks import (  # noqa: E402
     ShuffleNetV1Unit,
     ShuffleNetV2Unit,
     SimAM,
+    SpatialAttention,
     SpatialSE,
     SqueezeExcite,
     convert_state_dict,
@@ -31,8 +34,10 @@ from convblocks.blocks import (  # noqa: E402
 
 __version__ = "0.1.0"
 __all__ = [
+    "CBAM",
     "ECA",
     "SCSE",
+    "ChannelAttention",
     "ChannelSE",
     "ChannelShuffle",
     "DepthwiseConv2d",
@@ -43,6 +48,7 @@ __all__ = [
     "ShuffleNetV1Unit",
     "ShuffleNetV2Unit",
     "SimAM",
+    "SpatialAttention",
     "SpatialSE",
     "SqueezeExcite",
     "accelerate",

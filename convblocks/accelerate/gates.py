@@ -9,10 +9,11 @@ from typing import Any
 from torch import nn
 
 from convblocks.accelerate.rule import Refused, Rule, child
+from convblocks.blocks import cbam as cbam_block
 from convblocks.blocks import eca as eca_block
 from convblocks.blocks import scse as scse_block
 from convblocks.blocks import squeeze_excite as squeeze_excite_block
-from convblocks.blocks.arguments import function_of
+from convblocks.blocks.arguments import function_of, qualified_name
 from convblocks.ops.gate import ACTIVATIONS, GATES
 
 
@@ -145,4 +146,46 @@ def scse(name: str, source: str) -> Rule:
         check=check,
         options={},
         constants={"mode": "add"},
+    )
+
+
+def cbam(name: str, source: str, light: bool) -> Rule:
+    """A rule for timm's ``channel`` and ``spatial``; the convolution of the latter, and its norm, are called."""
+    kind = "Light" if light else ""
+    parts = {
+        part: f"timm.layers.cbam.{kind}{cls}" for part, cls in (("channel", "ChannelAttn"), ("spatial", "SpatialAttn"))
+    }
+
+    def check(module: Any) -> None:
+        for part, cls in parts.items():
+            found = module._modules.get(part)
+            if found is None or qualified_name(type(found)) != cls:
+                raise Refused(f"{part} is not a {cls}")
+        for layer in ("fc1", "fc2"):
+            _pointwise(module.channel, layer)
+
+    def gate_name(module: Any) -> str:
+        if light:
+            return "sigmoid"  # whatever it was made with
+        gates = {_function("gate", GATES, part) for part in (module.channel, module.spatial)}
+        if len(gates) > 1:
+            raise Refused(f"channel and spatial have different gates: {', '.join(sorted(gates))}")
+        return gates.pop()
+
+    def logits(spatial: Any, planes: Any) -> Any:
+        return spatial._modules["conv"](planes)
+
+    return Rule(
+        name,
+        source,
+        "apply_gates",
+        partial(cbam_block.fused_light_forward if light else cbam_block.fused_forward, logits),
+        channels=lambda module: module._modules["channel"]._modules["fc1"].in_channels,
+        check=check,
+        options={
+            "activation_name": lambda module: _function("act", ACTIVATIONS, module._modules["channel"]),
+            "gate_name": gate_name,
+        },
+        constants={"residual": False},
+        others=("squeeze_excite" if light else "channel_attention", "channel_pool"),
     )

@@ -1,5 +1,6 @@
 """Blocks as modules: parameters and a call to an operation."""
 
+from convblocks.blocks.cbam import CBAM, ChannelAttention, SpatialAttention
 from convblocks.blocks.channel_shuffle import ChannelShuffle
 from convblocks.blocks.convert import convert_state_dict
 from convblocks.blocks.depthwise_conv2d import DepthwiseConv2d
@@ -13,8 +14,10 @@ from convblocks.blocks.simam import SimAM
 from convblocks.blocks.squeeze_excite import EffectiveSqueezeExcite, SqueezeExcite
 
 __all__ = [
+    "CBAM",
     "ECA",
     "SCSE",
+    "ChannelAttention",
     "ChannelSE",
     "ChannelShuffle",
     "DepthwiseConv2d",
@@ -25,6 +28,7 @@ __all__ = [
     "ShuffleNetV1Unit",
     "ShuffleNetV2Unit",
     "SimAM",
+    "SpatialAttention",
     "SpatialSE",
     "SqueezeExcite",
     "convert_state_dict",

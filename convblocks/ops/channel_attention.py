@@ -11,12 +11,12 @@ from convblocks.ops.operator import Operator
 def check(x: Tensor, w1: Tensor, b1: Tensor | None, w2: Tensor, b2: Tensor | None, activation: str, gate: str) -> None:
     op = "channel_attention"
     checks.feature_map(op, x)
-    for name, t in (("w1", w1), ("w2", w2)):
-        if t is None:
+    parameters = {"w1": w1, "b1": b1, "w2": w2, "b2": b2}
+    for name, t in parameters.items():
+        if t is None and name[0] == "w":
             raise TypeError(f"{op}: expected {name} to be a tensor, got None")
-    for name, t in (("w1", w1), ("b1", b1), ("w2", w2), ("b2", b2)):
         checks.parameter(op, name, t, x)
-    checks.one_dtype(op, w1=w1, b1=b1, w2=w2, b2=b2)
+    checks.one_dtype(op, **parameters)
     c = x.shape[1]
     r = checks.hidden_size(op, w1, c)
     checks.vector(op, "b1", b1, r)

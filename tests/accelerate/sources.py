@@ -16,6 +16,7 @@ timm = pytest.importorskip("timm")
 torchvision = pytest.importorskip("torchvision")
 
 from timm.layers import CecaModule, Conv2dSame, EcaModule, EffectiveSEModule, SEModule  # noqa: E402
+from timm.layers.cbam import CbamModule, LightCbamModule  # noqa: E402
 from timm.models._efficientnet_blocks import SqueezeExcite  # noqa: E402
 from timm.models.fasternet import Partial_conv3  # noqa: E402
 from timm.models.hgnet import EseModule  # noqa: E402
@@ -93,6 +94,9 @@ SOURCES: dict[str, Callable[[], nn.Module]] = {
     "eca-k1": partial(EcaModule, kernel_size=1),
     "ceca": partial(CecaModule, kernel_size=5),
     "ceca-bias": partial(CecaModule, CHANNELS, act_layer=nn.ReLU),
+    "cbam": partial(CbamModule, CHANNELS, rd_ratio=1 / 4),
+    "cbam-hard": partial(CbamModule, CHANNELS, spatial_kernel_size=3, gate_layer="hard_sigmoid", mlp_bias=True),
+    "light-cbam": partial(LightCbamModule, CHANNELS, rd_ratio=1 / 4),
     "depthwise": partial(nn.Conv2d, CHANNELS, CHANNELS, 3, padding=1, groups=CHANNELS),
     "depthwise-5": partial(
         nn.Conv2d, CHANNELS, CHANNELS, 5, padding=(4, 2), dilation=(2, 1), groups=CHANNELS, bias=False
