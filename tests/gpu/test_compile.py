@@ -153,8 +153,9 @@ def _check(info: OpInfo, case: Case) -> None:
         launches = _compiled(getattr(module, name), inputs, case)
         vectors = case.layout != "channels_last" or all(t.shape[1] * dtype.itemsize % 16 == 0 for t in sample.maps)
         if vectors and case.size == ALIGNED and case.layout in LAYOUTS and dtype.itemsize < 8:
-            maps = {t.data_ptr() for t in (*sample.maps, grad)}
-            writes_map = "backward" in name or 2 * info.output(sample).numel() >= sample.x.numel()
+            is_map = 8 * grad.numel() >= sample.x.numel()  # or a number for each plane or pixel
+            maps = {t.data_ptr() for t in (*sample.maps, *([grad] if is_map else []))}
+            writes_map = "backward" in name or is_map
             disassemble = case.arch == 90 and dtype == torch.float32
             _check_widths(name, launches, maps, writes_map, disassemble)
 
