@@ -14,6 +14,7 @@ from convblocks.blocks import eca as eca_block
 from convblocks.blocks import scse as scse_block
 from convblocks.blocks import squeeze_excite as squeeze_excite_block
 from convblocks.blocks.arguments import function_of, qualified_name
+from convblocks.blocks.layers import is_plain
 from convblocks.ops.gate import ACTIVATIONS, GATES
 
 
@@ -150,19 +151,29 @@ def scse(name: str, source: str) -> Rule:
 
 
 def cbam(name: str, source: str, light: bool) -> Rule:
-    """A rule for timm's ``channel`` and ``spatial``; the convolution of the latter, and its norm, are called."""
+    """A rule for timm's ``channel`` and ``spatial``; the norm of the latter is called."""
     kind = "Light" if light else ""
-    parts = {
+    classes = {
         part: f"timm.layers.cbam.{kind}{cls}" for part, cls in (("channel", "ChannelAttn"), ("spatial", "SpatialAttn"))
     }
 
     def check(module: Any) -> None:
-        for part, cls in parts.items():
+        for part, cls in classes.items():
             found = module._modules.get(part)
             if found is None or qualified_name(type(found)) != cls:
                 raise Refused(f"{part} is not a {cls}")
         for layer in ("fc1", "fc2"):
             _pointwise(module.channel, layer)
+        block = module.spatial._modules["conv"]
+        if (
+            qualified_name(type(block)) != "timm.layers.conv_bn_act.ConvNormAct"
+            or getattr(block, "aa", None) is not None
+        ):
+            raise Refused("spatial.conv is not a timm.layers.conv_bn_act.ConvNormAct as its class makes it")
+        conv = _layer(block, "conv", nn.Conv2d)
+        k = conv.kernel_size[0]
+        if (conv.kernel_size, conv.padding, conv.dilation) != ((k, k), (k // 2, k // 2), (1, 1)) or k % 2 == 0:
+            raise Refused("spatial.conv.conv does not convolve planes to one of the same size")
 
     def gate_name(module: Any) -> str:
         if light:
@@ -172,14 +183,20 @@ def cbam(name: str, source: str, light: bool) -> Rule:
             raise Refused(f"channel and spatial have different gates: {', '.join(sorted(gates))}")
         return gates.pop()
 
-    def logits(spatial: Any, planes: Any) -> Any:
-        return spatial._modules["conv"](planes)
+    def parts(module: Any) -> tuple[Any, Any] | None:
+        channel, spatial = (module._modules[part]._modules for part in classes)
+        block = spatial["conv"]
+        gates = () if light else (channel["gate"], spatial["gate"])
+        for layer, name in ((channel["act"], module.activation_name), *((gate, module.gate_name) for gate in gates)):
+            if not is_plain(layer, type(layer)) or function_of(layer) != name:
+                return None
+        return (block._modules["conv"], block._modules["bn"]) if is_plain(block, type(block)) else None
 
     return Rule(
         name,
         source,
         "apply_gates",
-        partial(cbam_block.fused_light_forward if light else cbam_block.fused_forward, logits),
+        partial(cbam_block.fused_light_forward if light else cbam_block.fused_forward, parts),
         channels=lambda module: module._modules["channel"]._modules["fc1"].in_channels,
         check=check,
         options={
@@ -187,5 +204,5 @@ def cbam(name: str, source: str, light: bool) -> Rule:
             "gate_name": gate_name,
         },
         constants={"residual": False},
-        others=("squeeze_excite" if light else "channel_attention", "channel_pool"),
+        others=("squeeze_excite" if light else "channel_attention", "channel_pool", "depthwise_conv2d"),
     )

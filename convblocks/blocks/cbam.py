@@ -11,51 +11,71 @@ from convblocks.blocks.layers import fusible, is_plain
 from convblocks.ops.apply_gates import operator as apply_gates
 from convblocks.ops.channel_attention import operator as channel_attention
 from convblocks.ops.channel_pool import operator as channel_pool
+from convblocks.ops.depthwise_conv2d import operator as depthwise_conv2d
 from convblocks.ops.gate import ACTIVATIONS, GATES
 from convblocks.ops.squeeze_excite import operator as squeeze_excite
 
 Run = Callable[..., Tensor]
+# Of a whole block: the convolution of its spatial part, and the norm; None where something about the parts has changed.
+Parts = Callable[[Any], tuple[nn.Module, nn.Module] | None]
+
+
+def _convolve(conv: Any, planes: Tensor, run: Run = depthwise_conv2d) -> Tensor:
+    """What ``conv``, with one output, makes of the pooled planes: each convolved by itself, and added up. Torch's
+    convolutions take several times as long for so few channels. Half precision is for storage only."""
+    if not fusible(planes, nn.Conv2d, conv):
+        return conv(planes)  # type: ignore[no-any-return]
+    wide = torch.promote_types(planes.dtype, torch.float32)
+    weight, bias = conv._parameters["weight"].to(wide), conv._parameters["bias"]
+    pad = weight.shape[-1] // 2
+    y = run(planes.to(wide).contiguous(), weight.transpose(0, 1), None, (1, 1), (pad,) * 4, (1, 1), "none")
+    y = y.sum(1, keepdim=True)
+    return (y if bias is None else y + bias.to(wide)).to(planes.dtype)
 
 
 def fused_forward(
-    logits: Callable[[Any, Tensor], Tensor],
+    parts: Parts,
     apply: Run = apply_gates,
     attention: Run = channel_attention,
     pool: Run = channel_pool,
+    convolve: Run = depthwise_conv2d,
 ) -> Callable[[Any, Tensor], Tensor]:
-    """A forward that runs ``self.channel``, of layers fc1 and fc2, and ``self.spatial`` on three operations.
+    """A forward that runs ``self.channel``, of layers fc1 and fc2, and ``self.spatial`` on four operations.
 
-    ``logits`` is what the spatial part makes of the pooled planes. The product with the gates of the channels is never
-    written. Where something about the parts has changed, ``self.unfused`` computes what they would.
+    ``parts`` finds the convolution and the norm of the spatial part. The product with the gates of the channels is
+    never written. Where something about the parts has changed, ``self.unfused`` computes what they would.
     """
 
     def forward(self: Any, x: Tensor) -> Tensor:
         channel, spatial = self._modules["channel"], self._modules["spatial"]
-        weights = _weights(x, channel, spatial)
-        if weights is None:
+        weights, layers = _weights(x, channel, spatial), parts(self)
+        if weights is None or layers is None:
             return self.unfused(x)  # type: ignore[no-any-return]
+        conv, norm = layers
         gates = attention(x, *weights, self.activation_name, self.gate_name)
-        pixels = GATES[self.gate_name](logits(spatial, pool(x, gates)))
+        pixels = GATES[self.gate_name](norm(_convolve(conv, pool(x, gates), convolve)))
         return apply(x, gates, pixels.to(x.dtype), self.residual)
 
     return forward
 
 
 def fused_light_forward(
-    logits: Callable[[Any, Tensor], Tensor],
+    parts: Parts,
     apply: Run = apply_gates,
     excite: Run = squeeze_excite,
     pool: Run = channel_pool,
+    convolve: Run = depthwise_conv2d,
 ) -> Callable[[Any, Tensor], Tensor]:
     """The same of the light forms, which mix mean and maximum before anything sees them."""
 
     def forward(self: Any, x: Tensor) -> Tensor:
         channel, spatial = self._modules["channel"], self._modules["spatial"]
-        weights = _weights(x, channel, spatial)
-        if weights is None:
+        weights, layers = _weights(x, channel, spatial), parts(self)
+        if weights is None or layers is None:
             return self.unfused(x)  # type: ignore[no-any-return]
+        conv, norm = layers
         y = excite(x, *weights, self.activation_name, self.gate_name, True)
-        pixels = GATES[self.gate_name](logits(spatial, _mixed(pool(y, None))))
+        pixels = GATES[self.gate_name](norm(_convolve(conv, _mixed(pool(y, None)), convolve)))
         y = apply(y, None, pixels.to(x.dtype), False)
         return y + x if self.residual else y
 
@@ -199,19 +219,15 @@ class SpatialAttention(nn.Module):
         self.conv = nn.Conv2d(planes, 1, k, padding=k // 2, bias=bias, device=device, dtype=dtype)
         self.bn = nn.BatchNorm2d(1, momentum=momentum, device=device, dtype=dtype) if norm else nn.Identity()
 
-    def logits(self, planes: Tensor) -> Tensor:
-        """Of the gates, before these: (N, 1, H, W) from the pooled planes."""
-        y: Tensor = self.bn(self.conv(planes))
-        return y
-
     def forward(self, x: Tensor) -> Tensor:
         planes = channel_pool(x, None)
-        pixels = GATES[self.gate_name](self.logits(_mixed(planes) if self.light else planes))
+        logits = self.bn(_convolve(self.conv, _mixed(planes) if self.light else planes))
+        pixels = GATES[self.gate_name](logits)
         return apply_gates(x, None, pixels.to(x.dtype), False)
 
     def unfused(self, x: Tensor) -> Tensor:
         planes = torch.cat((x.mean(1, keepdim=True), x.amax(1, keepdim=True)), 1)
-        return x * GATES[self.gate_name](self.logits(_mixed(planes) if self.light else planes))
+        return x * GATES[self.gate_name](self.bn(self.conv(_mixed(planes) if self.light else planes)))
 
     def extra_repr(self) -> str:
         return f"gate={self.gate_name}" + (", light=True" if self.light else "")
@@ -296,5 +312,9 @@ class CBAM(nn.Module):
         return "residual=True" if self.residual else ""
 
 
-_forward = fused_forward(SpatialAttention.logits)
-_light_forward = fused_light_forward(SpatialAttention.logits)
+def _parts(self: Any) -> tuple[nn.Module, nn.Module]:
+    layers = self._modules["spatial"]._modules
+    return layers["conv"], layers["bn"]
+
+
+_forward, _light_forward = fused_forward(_parts), fused_light_forward(_parts)

@@ -8,7 +8,7 @@ from torch import nn
 from torch.nn.utils import prune
 
 import convblocks
-from tests.accelerate.sources import CHANNELS, InvertedResidual, SEModule, SmpSCSEModule, made, network
+from tests.accelerate.sources import CHANNELS, CbamModule, InvertedResidual, SEModule, SmpSCSEModule, made, network
 
 
 def test_hooks_on_the_module_fire() -> None:
@@ -48,6 +48,25 @@ def test_backward_hook_of_a_layer_afterwards_fires() -> None:
     module.fc2.register_full_backward_hook(lambda *_: seen.append("full"))
     module(torch.randn(2, CHANNELS, 6, 6, requires_grad=True)).sum().backward()
     assert seen == ["full"]
+
+
+def test_changes_in_the_parts_of_cbam_afterwards_count() -> None:
+    """A hook on any layer, another activation or convolution: what is in the module is called again."""
+    x = torch.randn(2, CHANNELS, 6, 6)
+    module = made(lambda: CbamModule(CHANNELS, rd_ratio=1 / 4)).eval()
+    convblocks.accelerate(module, include="", strict=True)
+    plain = module(x)
+    seen: list[str] = []
+    layers = {"gate": module.channel.gate, "block": module.spatial.conv, "conv": module.spatial.conv.conv}
+    handles = [layer.register_forward_hook(lambda *_, n=name: seen.append(n)) for name, layer in layers.items()]
+    torch.testing.assert_close(module(x), plain)
+    assert seen == ["gate", "conv", "block"]
+    for handle in handles:
+        handle.remove()
+    module.channel.act = nn.SiLU()
+    torch.testing.assert_close(module(x), module.spatial(module.channel(x)))
+    module.spatial.conv.conv = nn.Conv2d(2, 1, 3, padding=1)
+    torch.testing.assert_close(module(x), module.spatial(module.channel(x)))
 
 
 def test_changes_in_the_parts_of_scse_afterwards_count() -> None:

@@ -16,6 +16,7 @@ from torch.nn.utils import parametrizations, parametrize, prune
 import convblocks
 from tests.accelerate.sources import (
     CHANNELS,
+    CbamModule,
     EcaModule,
     InvertedResidual,
     SEModule,
@@ -134,6 +135,21 @@ REFUSED: dict[str, tuple[Callable[[], nn.Module], str]] = {
     "scse with one layer more": (
         lambda: _with(partial(SmpSCSEModule, 32), lambda m: m.sSE.append(nn.ReLU())),
         "sSE has 3 layers, not 2",
+    ),
+    "cbam with two gates": (
+        lambda: _with(partial(CbamModule, 32), lambda m: setattr(m.spatial, "gate", nn.Hardsigmoid())),
+        "channel and spatial have different gates: hardsigmoid, sigmoid",
+    ),
+    "cbam with a dilated convolution": (
+        lambda: _with(
+            partial(CbamModule, 32),
+            lambda m: setattr(m.spatial.conv, "conv", nn.Conv2d(2, 1, 3, padding=2, dilation=2)),
+        ),
+        "does not convolve planes to one of the same size",
+    ),
+    "cbam with another spatial part": (
+        lambda: _with(partial(CbamModule, 32), lambda m: setattr(m, "spatial", nn.Identity())),
+        "spatial is not a timm.layers.cbam.SpatialAttn",
     ),
     "no groups": (lambda: nn.ChannelShuffle(0), "groups is 0"),
     "float8": (lambda: se().to(torch.float8_e4m3fn), "fc1 has parameters of torch.float8"),
