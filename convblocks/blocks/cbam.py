@@ -13,6 +13,7 @@ from convblocks.ops.channel_attention import operator as channel_attention
 from convblocks.ops.channel_pool import operator as channel_pool
 from convblocks.ops.depthwise_conv2d import operator as depthwise_conv2d
 from convblocks.ops.gate import ACTIVATIONS, GATES
+from convblocks.ops.spatial_attention import convolve
 from convblocks.ops.squeeze_excite import operator as squeeze_excite
 
 Run = Callable[..., Tensor]
@@ -21,16 +22,10 @@ Parts = Callable[[Any], tuple[nn.Module, nn.Module] | None]
 
 
 def _convolve(conv: Any, planes: Tensor, run: Run = depthwise_conv2d) -> Tensor:
-    """What ``conv``, with one output, makes of the pooled planes: each convolved by itself, and added up. Torch's
-    convolutions take several times as long for so few channels. Half precision is for storage only."""
     if not fusible(planes, nn.Conv2d, conv):
         return conv(planes)  # type: ignore[no-any-return]
-    wide = torch.promote_types(planes.dtype, torch.float32)
-    weight, bias = conv._parameters["weight"].to(wide), conv._parameters["bias"]
-    pad = weight.shape[-1] // 2
-    y = run(planes.to(wide).contiguous(), weight.transpose(0, 1), None, (1, 1), (pad,) * 4, (1, 1), "none")
-    y = y.sum(1, keepdim=True)
-    return (y if bias is None else y + bias.to(wide)).to(planes.dtype)
+    p = conv._parameters
+    return convolve(planes, p["weight"], p["bias"], run)
 
 
 def fused_forward(
@@ -38,7 +33,7 @@ def fused_forward(
     apply: Run = apply_gates,
     attention: Run = channel_attention,
     pool: Run = channel_pool,
-    convolve: Run = depthwise_conv2d,
+    depthwise: Run = depthwise_conv2d,
 ) -> Callable[[Any, Tensor], Tensor]:
     """A forward that runs ``self.channel``, of layers fc1 and fc2, and ``self.spatial`` on four operations.
 
@@ -53,7 +48,7 @@ def fused_forward(
             return self.unfused(x)  # type: ignore[no-any-return]
         conv, norm = layers
         gates = attention(x, *weights, self.activation_name, self.gate_name)
-        pixels = GATES[self.gate_name](norm(_convolve(conv, pool(x, gates), convolve)))
+        pixels = GATES[self.gate_name](norm(_convolve(conv, pool(x, gates), depthwise)))
         return apply(x, gates, pixels.to(x.dtype), self.residual)
 
     return forward
@@ -64,7 +59,7 @@ def fused_light_forward(
     apply: Run = apply_gates,
     excite: Run = squeeze_excite,
     pool: Run = channel_pool,
-    convolve: Run = depthwise_conv2d,
+    depthwise: Run = depthwise_conv2d,
 ) -> Callable[[Any, Tensor], Tensor]:
     """The same of the light forms, which mix mean and maximum before anything sees them."""
 
@@ -75,7 +70,7 @@ def fused_light_forward(
             return self.unfused(x)  # type: ignore[no-any-return]
         conv, norm = layers
         y = excite(x, *weights, self.activation_name, self.gate_name, True)
-        pixels = GATES[self.gate_name](norm(_convolve(conv, _mixed(pool(y, None)), convolve)))
+        pixels = GATES[self.gate_name](norm(_convolve(conv, _mixed(pool(y, None)), depthwise)))
         y = apply(y, None, pixels.to(x.dtype), False)
         return y + x if self.residual else y
 

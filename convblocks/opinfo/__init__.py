@@ -1,7 +1,10 @@
 """The records of all operations."""
 
+from collections import ChainMap
+
 from convblocks.opinfo import (
     apply_gates,
+    cbam,
     channel_attention,
     channel_pool,
     channel_shuffle,
@@ -31,5 +34,7 @@ _MODULES = (
     scse,
 )
 OPS: dict[str, OpInfo] = {module.INFO.name: module.INFO for module in _MODULES}
+COMPOSED = {"cbam": cbam.INFO}  # of several operations: timed, and as accurate, but none of the dispatcher
+TIMED: ChainMap[str, OpInfo] = ChainMap(COMPOSED, OPS)
 
-__all__ = ["DTYPES", "LAYOUTS", "OPS", "BadInput", "OpInfo", "Options", "Sample", "Size"]
+__all__ = ["COMPOSED", "DTYPES", "LAYOUTS", "OPS", "TIMED", "BadInput", "OpInfo", "Options", "Sample", "Size"]

@@ -114,6 +114,7 @@ class OpInfo:
     bad_gradients: Callable[[str], Iterator[BadInput]] | None = None  # of a linear one, where not as bad_inputs
     autocasts: bool = False  # computes, as torch's convolutions do, in the dtype of autocast
     largest: Callable[[Options], float] = lambda o: 60000.0  # values, in float16, of which the results are finite
+    parts: tuple[str, ...] = ()  # the operations that one is composed of
     by_torch: bool = False  # what it computes, torch does: it promises no more than torch
 
     def sample(
@@ -151,6 +152,11 @@ class OpInfo:
             for t in sample.tensors():
                 t.requires_grad_()
         return sample
+
+    @property
+    def dispatched(self) -> str:
+        """The operation whose backend is that of this one."""
+        return self.parts[-1] if self.parts else self.name
 
     def output(self, sample: Sample) -> Tensor:
         """Its size and dtype, on the meta device. Raises what the reference raises where there is none."""

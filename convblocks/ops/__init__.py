@@ -11,6 +11,7 @@ from convblocks.ops.partial_conv2d import partial_conv2d
 from convblocks.ops.scale_shift_act import scale_shift_act
 from convblocks.ops.scse import scse
 from convblocks.ops.simam import simam
+from convblocks.ops.spatial_attention import spatial_attention
 from convblocks.ops.squeeze_excite import squeeze_excite
 
 __all__ = [
@@ -25,5 +26,6 @@ __all__ = [
     "scale_shift_act",
     "scse",
     "simam",
+    "spatial_attention",
     "squeeze_excite",
 ]
