@@ -105,12 +105,12 @@ def scse_backward(
             gates, dz = layers.layer(hidden, w2, b2, "relu", "sigmoid", backward=True)
             share = layers.layer_backward(layers.layer_backward(dz, hidden, w2, g2, gb2, "relu"), None, w1, g1, gb1)
         tile = _tile(maps, a_thread=8)
-        parts = min(tile.p_blocks, max(1, triton.cdiv(ENOUGH, maps.n)))
-        count = triton.cdiv(tile.p_blocks, parts)
-        parts = triton.cdiv(tile.p_blocks, count)
-        sums, bias = maps.sums(maps.n * parts, c), maps.sums(maps.n * parts)
-        if grad_x.numel():
-            _grad_x[(maps.n * parts,)](
+        count = triton.cdiv(tile.p_blocks * maps.n, ENOUGH)
+        parts = triton.cdiv(tile.p_blocks, count) if count else 0
+        rows = maps.n * parts
+        sums, bias = maps.sums(rows, c), maps.sums(rows)
+        if rows:
+            _grad_x[(rows,)](
                 *_three(maps),
                 gates,
                 share,
@@ -127,7 +127,7 @@ def scse_backward(
                 MODE=mode,
                 **tile.constants,
             )
-        _grad_w[(triton.cdiv(c, COLUMNS.value),)](sums, bias, gw, gb, maps.n * parts, c)
+        _grad_w[(triton.cdiv(c, COLUMNS.value),)](sums, bias, gw, gb, rows, c)
     none = x.new_empty(0)
     return grad_x, *(none if t is None else t for t in (g1, gb1, g2, gb2)), gw, none if gb is None else gb
 

@@ -6,9 +6,11 @@ import pytest
 import torch
 from torch import Tensor
 
-from convblocks.opinfo import LAYOUTS
+from convblocks.accuracy import run
+from convblocks.opinfo import LAYOUTS, OPS
 from convblocks.ops import scse
-from tests.ops.common import both_layouts
+from tests.conftest import EMULATED, INTERPRETED
+from tests.ops.common import accuracy, both_layouts, with_grad
 
 
 def _parameters(c: int, r: int, device: str) -> tuple[Tensor, ...]:
@@ -55,3 +57,19 @@ def test_gradients_of_the_maximum_at_ties(layout: str, dtype: torch.dtype, backe
         for a, b in zip(got, want, strict=True):
             tolerance = 64 * torch.finfo(dtype).eps * b.abs().max().item()
             torch.testing.assert_close(a.double(), b, rtol=0, atol=tolerance)
+
+
+# More channels than the CPU sums at a time, and pieces of a sample; more than a CUDA block keeps on chip of the map,
+# and of the sums over its pixels. (The interpreter adds channels up one by one, which is less exact than any GPU.)
+MANY = [(1, 300, 2, 3)] if INTERPRETED else [(2, 300, 28, 33), (2, 2500, 2, 3), (1, 13000, 1, 2)][bool(EMULATED) :]
+
+
+@both_layouts
+@pytest.mark.parametrize("mode", ["add", "max", "concat", "spatial"])
+@pytest.mark.parametrize("size", MANY, ids=str)
+def test_many_channels(size: tuple[int, int, int, int], mode: str, layout: str, backend: str, device: str) -> None:
+    info = OPS["scse"]
+    sample = with_grad(info.sample(size, {"mode": mode, "reduction": size[1] // 8}, layout=layout, device=device))
+    grad = info.gradient(sample, layout)
+    wrong = accuracy(info, sample, run(info.op, sample, grad), grad)
+    assert not wrong, "\n".join(wrong)
