@@ -18,6 +18,7 @@ from tests.ops.common import (
     dtype_pairs,
     each_op,
     each_option,
+    every_option,
     places,
     with_grad,
 )
@@ -32,7 +33,7 @@ def assert_accurate(info: OpInfo, sample: Sample, grad: Tensor) -> None:
 
 
 @pytest.mark.parametrize(("dtype", "parameter_dtype"), PAIRS, ids=lambda d: str(d).removeprefix("torch."))
-@each_option
+@every_option
 @pytest.mark.parametrize("count", [2, pytest.param(10**9, marks=pytest.mark.slow)] if SLOW else [10**9])
 def test_sizes_and_layouts(
     info: OpInfo,
