@@ -1,6 +1,6 @@
-// Concurrent spatial and channel squeeze-and-excitation on the CPU. A sample is squeezed both ways in one read, and gated
-// in another while it is in the cache; without channel gates so is each stretch of its pixels. The backward likewise; where
-// the gradient of one gate needs the other (max, mul), it reads the sample once more before.
+// Concurrent spatial and channel squeeze-and-excitation on the CPU. A sample is squeezed both ways in one read, and
+// gated in another while it is in the cache; without channel gates so is each stretch of its pixels. The backward
+// likewise; where the gradient of one gate needs the other (max, mul), it reads the sample once more before.
 #include "../scse.h"
 
 #include "both_sums.h"
