@@ -23,8 +23,8 @@ struct Layers {
   }
   int64_t inner() const { return r ? r : c; }  // what the last layer reads
 
-  // The gates of `count` samples from their squeezes. hidden and active (r apart) are not touched if there is one layer;
-  // hidden may be active, and logits (`logit_stride` apart) may be gates.
+  // The gates of `count` samples from their squeezes. hidden and active (r apart) are not touched if there is one
+  // layer; hidden may be active, and logits (`logit_stride` apart) may be gates.
   void forward(int64_t count, const A* pooled, A* hidden, A* active, A* logits, int64_t logit_stride, A* gates,
                int64_t stride) const {
     if (r) {
@@ -56,7 +56,8 @@ class LayersBackward {
     grad_logits_ = squeezed_ + n * c;
   }
 
-  // The gates of the samples from `first` on, again, and from their gradients those of the squeezes; all `stride` apart.
+  // The gates of the samples from `first` on, again, and from their gradients those of the squeezes; all `stride`
+  // apart.
   void operator()(int64_t first, int64_t count, const A* pooled, const A* grad_gates, A* gates, A* grad_pooled,
                   int64_t stride) const {
     const int64_t c = layers.c, r = layers.r;

@@ -1,6 +1,6 @@
-// Concurrent spatial and channel squeeze-and-excitation on the CPU. A sample is squeezed both ways in one read, and gated
-// in another while it is in the cache; without channel gates so is each stretch of its pixels. The backward likewise; where
-// the gradient of one gate needs the other (max, mul), it reads the sample once more before.
+// Concurrent spatial and channel squeeze-and-excitation on the CPU. A sample is squeezed both ways in one read, and
+// gated in another while it is in the cache; without channel gates so is each stretch of its pixels. The backward
+// likewise; where the gradient of one gate needs the other (max, mul), it reads the sample once more before.
 #include "../scse.h"
 
 #include "both_sums.h"
@@ -89,7 +89,7 @@ struct Work {
     const auto run = [&]<int KC>(std::integral_constant<int, KC>) {
       both_sums<T, kPlanes, KC, 1>(team, c, pixels(item), partial, pooled, q,
                                    [from, w = w](int64_t i, int64_t p, auto lanes) CONVBLOCKS_LOOP {
-                                     const Vec<A> v = load(from.at(i, p), lanes);
+                                     const Vec<A> v = load(from.with_next(i, p), lanes);
                                      Terms<A, KC, 1> terms{{}, {v * of_channel<kPlanes>(w, i, lanes)}};
                                      if constexpr (KC) terms.channel[0] = v;
                                      return terms;
@@ -180,16 +180,15 @@ struct Backward {
     } else {
       constexpr int KC = kCombine == Combine::spatial ? 0 : 2;
       const auto x = work.part(a.x, item), grad = work.part(a.grad, item), spatial = work.part(a.grad_spatial, item);
-      both_sums<T, kPlanes, KC, 2>(team, c, count, partial, pooled, q,
-                                   [=, w = work.w](int64_t i, int64_t p, auto lanes) CONVBLOCKS_LOOP {
-                                     const Vec<A> v = load(x.at(i, p), lanes), g = load(grad.at(i, p), lanes);
-                                     Vec<A> by_pixel = g * v;
-                                     if constexpr (kCombine == Combine::concat)
-                                       by_pixel = load(spatial.at(i, p), lanes) * v;
-                                     Terms<A, KC, 2> terms{{}, {v * of_channel<kPlanes>(w, i, lanes), by_pixel}};
-                                     if constexpr (KC) terms.channel = {v, g * v};
-                                     return terms;
-                                   });
+      both_sums<T, kPlanes, KC, 2>(
+          team, c, count, partial, pooled, q, [=, w = work.w](int64_t i, int64_t p, auto lanes) CONVBLOCKS_LOOP {
+            const Vec<A> v = load(x.with_next(i, p), lanes), g = load(grad.with_next(i, p), lanes);
+            Vec<A> by_pixel = g * v;
+            if constexpr (kCombine == Combine::concat) by_pixel = load(spatial.with_next(i, p), lanes) * v;
+            Terms<A, KC, 2> terms{{}, {v * of_channel<kPlanes>(w, i, lanes), by_pixel}};
+            if constexpr (KC) terms.channel = {v, g * v};
+            return terms;
+          });
       work.finish(pooled, q, count);
       finish_dz();
     }
@@ -198,7 +197,8 @@ struct Backward {
     const auto x = work.part(a.x, item), grad = work.part(a.grad, item);
     both_sums<T, kPlanes, 1, 1>(team, c, count, partial, grad_gates, dz,
                                 [=, gates = gates, q = q](int64_t i, int64_t p, auto lanes) CONVBLOCKS_LOOP {
-                                  const Vec<A> v = load(x.at(i, p), lanes), g = load(grad.at(i, p), lanes);
+                                  const Vec<A> v = load(x.with_next(i, p), lanes),
+                                               g = load(grad.with_next(i, p), lanes);
                                   const auto d = slopes<kCombine>(g, g, v, of_channel<kPlanes>(gates, i, lanes),
                                                                   of_pixel<kPlanes>(q, p, lanes));
                                   return Terms<A, 1, 1>{{d.channel * v}, {d.spatial * v}};
