@@ -13,8 +13,7 @@ def check(x: Tensor, channel: Tensor | None, spatial: Tensor | None, residual: b
         raise TypeError(f"{op}: expected channel or spatial to be a tensor, got None for both")
     n, c, h, w = x.shape
     for name, gate, size in (("channel", channel, [n, c, 1, 1]), ("spatial", spatial, [n, 1, h, w])):
-        checks.parameter(op, name, gate, x)
-        checks.size(op, name, gate, gate is not None and list(gate.shape) == size, str(size))
+        checks.sized(op, name, gate, x, size)
     checks.one_dtype(op, channel=channel, spatial=spatial)
 
 

@@ -12,9 +12,7 @@ def check(x: Tensor, channel: Tensor | None) -> None:
     checks.feature_map(op, x)
     if x.shape[1] == 0:
         raise ValueError(f"{op}: expected at least one channel, got an input of size {list(x.shape)}")
-    checks.parameter(op, "channel", channel, x)
-    size = [*x.shape[:2], 1, 1]
-    checks.size(op, "channel", channel, channel is not None and list(channel.shape) == size, str(size))
+    checks.sized(op, "channel", channel, x, [*x.shape[:2], 1, 1])
 
 
 def reference(x: Tensor, channel: Tensor | None = None) -> Tensor:

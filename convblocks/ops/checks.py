@@ -67,6 +67,13 @@ def size(op: str, name: str, t: Tensor | None, ok: bool, expected: str) -> None:
         raise ValueError(f"{op}: expected {name} of size {expected}, got {_size(t)}")
 
 
+def sized(op: str, name: str, t: Tensor | None, x: Tensor, expected: Sequence[int]) -> None:
+    """A parameter of just this size, which may be symbolic."""
+    parameter(op, name, t, x)
+    if t is not None and list(t.shape) != list(expected):  # before the words: those of symbolic sizes break a graph
+        size(op, name, t, False, str(list(expected)))
+
+
 def vector(op: str, name: str, t: Tensor | None, length: int) -> None:
     size(op, name, t, t is not None and tuple(t.shape) == (length,), f"[{length}]")
 
@@ -97,7 +104,8 @@ def like(op: str, name: str, t: Tensor | None, x: Tensor, expected: Sequence[int
     """A map of the input's dtype on its device: a gradient, or a second input."""
     if t is None:
         return
-    size(op, name, t, list(t.shape) == list(expected), str(list(expected)))
+    if list(t.shape) != list(expected):
+        size(op, name, t, False, str(list(expected)))
     if t.dtype != x.dtype:
         raise TypeError(f"{op}: expected {name} of dtype {_dtype(x)}, got {_dtype(t)}")
     if t.device != x.device:
