@@ -23,7 +23,8 @@ Parts = Callable[[Any], tuple[nn.Module, nn.Module] | None]
 
 def _convolve(conv: Any, planes: Tensor, run: Run = depthwise_conv2d) -> Tensor:
     if not fusible(planes, nn.Conv2d, conv):
-        return conv(planes)  # type: ignore[no-any-return]
+        y: Tensor = conv(planes)
+        return y
     p = conv._parameters
     return convolve(planes, p["weight"], p["bias"], run)
 
@@ -45,7 +46,8 @@ def fused_forward(
         channel, spatial = self._modules["channel"], self._modules["spatial"]
         weights, layers = _weights(x, channel, spatial), parts(self)
         if weights is None or layers is None:
-            return self.unfused(x)  # type: ignore[no-any-return]
+            unfused: Tensor = self.unfused(x)
+            return unfused
         conv, norm = layers
         gates = attention(x, *weights, self.activation_name, self.gate_name)
         pixels = GATES[self.gate_name](norm(_convolve(conv, pool(x, gates), depthwise)))
@@ -67,7 +69,8 @@ def fused_light_forward(
         channel, spatial = self._modules["channel"], self._modules["spatial"]
         weights, layers = _weights(x, channel, spatial), parts(self)
         if weights is None or layers is None:
-            return self.unfused(x)  # type: ignore[no-any-return]
+            unfused: Tensor = self.unfused(x)
+            return unfused
         conv, norm = layers
         y = excite(x, *weights, self.activation_name, self.gate_name, True)
         pixels = GATES[self.gate_name](norm(_convolve(conv, _mixed(pool(y, None)), depthwise)))

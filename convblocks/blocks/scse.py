@@ -41,7 +41,8 @@ def fused_forward(
         first = convolutions(children["cSE"], channel, channel_layers)
         last = convolutions(children["sSE"], spatial, spatial_layers)
         if first is None or last is None or not fusible(x, nn.Conv2d, *first, *last):
-            return self.unfused(x)  # type: ignore[no-any-return]
+            unfused: Tensor = self.unfused(x)
+            return unfused
         p, q, r = (layer._parameters for layer in (*first, *last))
         return run(x, p["weight"], p["bias"], q["weight"], q["bias"], r["weight"], r["bias"], self.mode)
 

@@ -1,8 +1,7 @@
 // Concurrent spatial and channel squeeze-and-excitation on CUDA. The gates of the channels are squeeze-and-excitation's
-// (squeeze.h, layers.h). A block that has all channels of a pixel computes the pixel's gate where it is needed, of what
-// it has read anyway and keeps on chip. Forward: pool, layers, and a pass that gates. Backward: a pass that pools x and
-// grad * x, layers, and a pass that writes grad_x and sums for w; where the gradient of the channel gates needs those
-// of the pixels (max, mul), one more before.
+// (layers.h). A block that has all channels of a pixel computes the pixel's gate of what it has read and keeps on chip.
+// Forward: pool, layers, and a pass that gates. Backward: a pass that pools x and grad * x, layers, and a pass that writes
+// grad_x and sums for w; where the gradient of the channel gates needs those of the pixels (max, mul), one more before.
 #include "../scse.h"
 
 #include "layers.h"

@@ -170,13 +170,15 @@ def test_same_as_published(
             torch.testing.assert_close(g, expected[name])
 
 
-def test_halves_alone_are_the_whole(backend: str, device: str) -> None:
-    for options in ({}, {"light": True}, {"gate_layer": "hardsigmoid", "act_layer": "silu", "residual": True}):
-        block = made(lambda: convblocks.CBAM(CHANNELS, 4, **options)).to(device).eval()  # noqa: B023
-        x = torch.randn(2, CHANNELS, 5, 6, device=device)
-        torch.testing.assert_close(block(x), block.unfused(x))
-        for half in (block.channel, block.spatial):
-            torch.testing.assert_close(half(x), half.unfused(x))
+@pytest.mark.parametrize(
+    "options", [{}, {"light": True}, {"gate_layer": "hardsigmoid", "act_layer": "silu", "residual": True}], ids=str
+)
+def test_halves_alone_are_the_whole(options: dict[str, Any], backend: str, device: str) -> None:
+    block = made(lambda: convblocks.CBAM(CHANNELS, 4, **options)).to(device).eval()
+    x = torch.randn(2, CHANNELS, 5, 6, device=device)
+    torch.testing.assert_close(block(x), block.unfused(x))
+    for half in (block.channel, block.spatial):
+        torch.testing.assert_close(half(x), half.unfused(x))
 
 
 def test_hooks_of_its_parts_see_what_they_did(backend: str, device: str) -> None:
