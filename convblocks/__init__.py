@@ -8,16 +8,20 @@ if not (_Path(__file__).parent / "kernels").is_dir() and (_root / "kernels" / "s
 
 import torch as _torch  # noqa: E402, F401  (the compiled part links to its libraries)
 
-from convblocks import backends, ops  # noqa: E402
+from convblocks import backends, models, ops  # noqa: E402
 from convblocks.accelerate import accelerate, is_accelerated, revert  # noqa: E402  (the function hides its package)
 from convblocks.backends import use_backend, why_not  # noqa: E402
 from convblocks.blocks import (  # noqa: E402
     CBAM,
     ECA,
     SCSE,
+    BasicBlock,
+    BatchNormAct2d,
+    Bottleneck,
     ChannelAttention,
     ChannelSE,
     ChannelShuffle,
+    ConvNormAct,
     DepthwiseConv2d,
     DepthwiseSeparableConv,
     EffectiveSqueezeExcite,
@@ -37,9 +41,13 @@ __all__ = [
     "CBAM",
     "ECA",
     "SCSE",
+    "BasicBlock",
+    "BatchNormAct2d",
+    "Bottleneck",
     "ChannelAttention",
     "ChannelSE",
     "ChannelShuffle",
+    "ConvNormAct",
     "DepthwiseConv2d",
     "DepthwiseSeparableConv",
     "EffectiveSqueezeExcite",
@@ -55,6 +63,7 @@ __all__ = [
     "backends",
     "convert_state_dict",
     "is_accelerated",
+    "models",
     "ops",
     "revert",
     "use_backend",

@@ -17,6 +17,7 @@ from torch.autograd import forward_ad
 
 from convblocks.accelerate.rule import Forward, Rule, Run
 from convblocks.blocks.arguments import FUNCTIONS, qualified_name
+from convblocks.blocks.batch_norm_act import scale_shift
 from convblocks.blocks.depthwise_conv2d import fused_forward, padding_of
 
 _HOOKS = ("_forward_pre_hooks", "_forward_hooks")
@@ -127,21 +128,11 @@ class Fold:
             x = layer.unfused(x)
         return x
 
-    def scale_shift(self, bias: Tensor | None) -> tuple[Tensor, Tensor]:
-        """What the norm does to what comes from a convolution without its bias; at least in float32."""
-        norm = self.norm
-        parts: Any = (bias, norm.running_mean, norm.running_var, norm.weight, norm.bias)
-        bias, mean, var, gamma, beta = (t.float() if t is not None and t.dtype.itemsize == 2 else t for t in parts)
-        scale = (var + norm.eps).rsqrt_()
-        scale = scale if gamma is None else scale * gamma
-        mean = mean if bias is None else mean - bias
-        return scale, -mean * scale if beta is None else torch.addcmul(beta, mean, scale, value=-1)
-
     def weights(self) -> tuple[Tensor, Tensor]:
         """Weight and bias of convolution and norm as one."""
         conv = self.first
         weight = conv.weight.float() if conv.weight.dtype.itemsize == 2 else conv.weight
-        scale, shift = self.scale_shift(conv.bias)
+        scale, shift = scale_shift(self.norm, conv.bias)
         return weight * scale[:, None, None, None], shift
 
     def fits(self, x: Tensor) -> bool:
@@ -217,7 +208,7 @@ class NormFold(Fold):
             if not fold.active(self, x):
                 unfolded: Tensor = self.unfused(x)
                 return unfolded
-            scale, shift = fold.kept(fold.sources(), self.eps, partial(fold.scale_shift, None))
+            scale, shift = fold.kept(fold.sources(), self.eps, partial(scale_shift, fold.norm))
             half = x.dtype in (torch.float16, torch.bfloat16) and scale.dtype == torch.float32
             if x.dim() != 4 or x.shape[1] != scale.shape[0] or not (half or x.dtype == scale.dtype):
                 return fold.unfused(x)  # which says what is wrong

@@ -1,13 +1,16 @@
 """Blocks as modules: parameters and a call to an operation."""
 
+from convblocks.blocks.batch_norm_act import BatchNormAct2d
 from convblocks.blocks.cbam import CBAM, ChannelAttention, SpatialAttention
 from convblocks.blocks.channel_shuffle import ChannelShuffle
+from convblocks.blocks.conv_norm_act import ConvNormAct
 from convblocks.blocks.convert import convert_state_dict
 from convblocks.blocks.depthwise_conv2d import DepthwiseConv2d
 from convblocks.blocks.depthwise_separable_conv import DepthwiseSeparableConv
 from convblocks.blocks.eca import ECA
 from convblocks.blocks.fasternet import FasterNetBlock
 from convblocks.blocks.partial_conv import PartialConv
+from convblocks.blocks.resnet import BasicBlock, Bottleneck
 from convblocks.blocks.scse import SCSE, ChannelSE, SpatialSE
 from convblocks.blocks.shufflenet import ShuffleNetV1Unit, ShuffleNetV2Unit
 from convblocks.blocks.simam import SimAM
@@ -17,9 +20,13 @@ __all__ = [
     "CBAM",
     "ECA",
     "SCSE",
+    "BasicBlock",
+    "BatchNormAct2d",
+    "Bottleneck",
     "ChannelAttention",
     "ChannelSE",
     "ChannelShuffle",
+    "ConvNormAct",
     "DepthwiseConv2d",
     "DepthwiseSeparableConv",
     "EffectiveSqueezeExcite",

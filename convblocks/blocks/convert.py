@@ -124,6 +124,8 @@ def spatial_attention(old: str, maxima_first: bool) -> Step:
 
 @dataclass(frozen=True)
 class Layout:
+    """A name, and the steps that turn what has it into ours. A network has its own, in ``layouts``."""
+
     name: str
     steps: tuple[Step, ...]
 
@@ -202,6 +204,11 @@ LAYOUTS = (
 )
 
 
+def _steps(name: str) -> tuple[Step, ...]:
+    """Those of the blocks' layout of this name."""
+    return next((layout.steps for layout in LAYOUTS if layout.name == name), ())
+
+
 def _without_wrappers(sd: StateDict) -> StateDict:
     """Drops the prefixes that DataParallel and torch.compile put before all keys."""
     for prefix in ("module.", "_orig_mod."):
@@ -259,12 +266,15 @@ def convert_state_dict(sd: Mapping[str, Any], source: str | None = None, model: 
     nested = [k for k, v in sd.items() if isinstance(v, Mapping)]
     if nested:
         raise TypeError(f"convert_state_dict: expected a mapping from names to tensors, got a mapping at {nested[0]!r}")
-    names = [layout.name for layout in LAYOUTS]
+    own = getattr(model, "layouts", ())
+    layouts = [Layout(o.name, o.steps + _steps(o.name)) for o in own]
+    layouts += [layout for layout in LAYOUTS if layout.name not in {o.name for o in own}]
+    names = [layout.name for layout in layouts]
     if source is not None and source not in names:
         raise ValueError(f"convert_state_dict: expected source to be one of {', '.join(names)}, got {source}")
     plain = _without_wrappers(dict(sd))
     results = [plain]
-    for layout in LAYOUTS if source is None else [layout for layout in LAYOUTS if layout.name == source]:
+    for layout in layouts if source is None else [layout for layout in layouts if layout.name == source]:
         result = layout.convert(plain)
         if all(_sizes(result) != _sizes(r) for r in results):
             results.append(result)

@@ -6,6 +6,7 @@ import torch
 from torch import Tensor, nn
 
 from convblocks.blocks.arguments import Layer, positive
+from convblocks.blocks.drop_path import check_drop_path, drop_path
 from convblocks.blocks.partial_conv import PartialConv
 
 _ACTIVATIONS = {"relu": nn.ReLU, "gelu": nn.GELU, "silu": nn.SiLU, "hardswish": nn.Hardswish, "relu6": nn.ReLU6}
@@ -63,8 +64,6 @@ class FasterNetBlock(nn.Module):
     ) -> None:
         super().__init__()
         hidden = positive("FasterNetBlock", "dim * mlp_ratio", int(dim * mlp_ratio))
-        if not 0 <= drop_path < 1:
-            raise ValueError(f"FasterNetBlock: expected drop_path from 0 to below 1, got {drop_path}")
         self.mlp = nn.Sequential(
             nn.Conv2d(dim, hidden, 1, bias=False, device=device, dtype=dtype),
             norm_layer(hidden, device=device, dtype=dtype),
@@ -74,16 +73,13 @@ class FasterNetBlock(nn.Module):
         self.spatial_mixing = PartialConv(dim, n_div, pconv_fw_type, device=device, dtype=dtype)
         scale = torch.full((dim,), float(layer_scale_init_value), device=device, dtype=dtype)
         self.layer_scale = nn.Parameter(scale) if layer_scale_init_value > 0 else None
-        self.drop_path = drop_path
+        self.drop_path = check_drop_path("FasterNetBlock", drop_path)
 
     def forward(self, x: Tensor) -> Tensor:
         y: Tensor = self.mlp(self.spatial_mixing(x))
         if self.layer_scale is not None:
             y = y * self.layer_scale[:, None, None]
-        if self.training and self.drop_path > 0:
-            keep = 1 - self.drop_path
-            y = y * y.new_empty(y.shape[0], 1, 1, 1).bernoulli_(keep).div_(keep)
-        return x + y
+        return x + drop_path(y, self.drop_path, self.training)
 
     def extra_repr(self) -> str:
         return f"drop_path={self.drop_path}" if self.drop_path else ""

@@ -1,0 +1,44 @@
+"""Attention by name, for the blocks and networks into which any can be plugged."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+from torch import nn
+
+from convblocks.blocks.cbam import CBAM
+from convblocks.blocks.eca import ECA
+from convblocks.blocks.scse import SCSE, ChannelSE, SpatialSE
+from convblocks.blocks.simam import SimAM
+from convblocks.blocks.squeeze_excite import EffectiveSqueezeExcite, SqueezeExcite
+
+Factory = Callable[[int], nn.Module]  # from channels
+Attention = str | Factory | None
+
+ATTENTIONS: dict[str, Factory] = {
+    "se": SqueezeExcite,
+    "ese": EffectiveSqueezeExcite,
+    "eca": ECA,
+    "cbam": CBAM,
+    "cse": ChannelSE,
+    "sse": SpatialSE,
+    "scse": SCSE,
+    "simam": SimAM,
+}
+
+
+def attention_layer(block: str, attention: Attention, channels: int) -> nn.Module | None:
+    """What ``attention`` makes for so many channels; None of None."""
+    if attention is None:
+        return None
+    if isinstance(attention, str):
+        if attention not in ATTENTIONS:
+            allowed = ", ".join(ATTENTIONS)
+            raise ValueError(f"{block}: expected attention to be one of {allowed}, got {attention}")
+        attention = ATTENTIONS[attention]
+    layer = attention(channels) if callable(attention) and not isinstance(attention, nn.Module) else attention
+    if layer is attention or not isinstance(layer, nn.Module):
+        raise TypeError(
+            f"{block}: expected attention to be a name or what makes a module for C channels, got {layer!r}"
+        )
+    return layer

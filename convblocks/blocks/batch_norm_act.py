@@ -1,0 +1,101 @@
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import partial
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from convblocks.blocks.arguments import Layer, function_name
+from convblocks.ops.gate import ACTIVATIONS
+from convblocks.ops.scale_shift_act import operator
+
+_INPLACE: dict[str, Callable[[Tensor], Tensor]] = {  # those whose gradient asks for no more than their output
+    "relu": partial(F.relu, inplace=True),
+    "relu6": partial(F.relu6, inplace=True),
+}
+_LARGE = 1 << 17  # elements from which a new map costs more than the longer way of writing over one
+
+
+def scale_shift(norm: nn.BatchNorm2d, bias: Tensor | None = None) -> tuple[Tensor, Tensor]:
+    """What a norm does at inference: a factor and an offset for each channel, in float32 at least.
+
+    With a ``bias``, to what comes from a convolution before that is added.
+    """
+    parts = (bias, norm.running_mean, norm.running_var, norm.weight, norm.bias)
+    bias, mean, var, gamma, beta = (t.float() if t is not None and t.dtype.itemsize == 2 else t for t in parts)
+    assert mean is not None
+    assert var is not None
+    scale = torch.rsqrt(var + norm.eps)
+    scale = scale if gamma is None else scale * gamma
+    mean = mean if bias is None else mean - bias
+    return scale, -mean * scale if beta is None else torch.addcmul(beta, mean, scale, value=-1)
+
+
+class BatchNormAct2d(nn.BatchNorm2d):
+    """Batch norm with what follows it in a network: perhaps a residual that is added, then an activation.
+
+    ``y = act(norm(x) + residual)``. In eval mode that is one pass over memory (``convblocks.ops.scale_shift_act``); in
+    training torch computes the norm. Ioffe et al., "Batch Normalization: Accelerating Deep Network Training by Reducing
+    Internal Covariate Shift", arXiv 1502.03167. The keys of the state dict are those of ``nn.BatchNorm2d``.
+
+    Args:
+        num_features: channels C.
+        activation: a name, a module, or a class or partial that makes one; "none": nothing.
+        eps, momentum, affine, track_running_stats, device, dtype: of ``nn.BatchNorm2d``.
+        negative_slope: of the activation leaky_relu.
+        inplace: lets inference write over x.
+
+    Shape: (N, C, H, W) to the same; the residual, too.
+
+    Raises:
+        ValueError: an unknown activation; an input of another rank or size.
+
+    Example:
+        >>> norm = convblocks.BatchNormAct2d(64, "relu").eval()
+        >>> y = norm(torch.randn(2, 64, 56, 56), residual=torch.randn(2, 64, 56, 56))
+    """
+
+    def __init__(
+        self,
+        num_features: int,
+        activation: Layer = "none",
+        eps: float = 1e-5,
+        momentum: float | None = 0.1,
+        affine: bool = True,
+        track_running_stats: bool = True,
+        *,
+        negative_slope: float = 0.01,
+        inplace: bool = False,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        super().__init__(num_features, eps, momentum, affine, track_running_stats, device=device, dtype=dtype)
+        self.activation_name = function_name("BatchNormAct2d", "activation", activation, ACTIVATIONS)
+        self.negative_slope, self.inplace = negative_slope, inplace
+
+    def forward(self, x: Tensor, residual: Tensor | None = None) -> Tensor:
+        name = self.activation_name
+        slope = self.negative_slope if name == "leaky_relu" else 0.01
+        if self.training or self.running_mean is None:
+            y = super().forward(x)
+            y = y if residual is None else y + residual
+        else:
+            self._check_input_dim(x)
+            fused = "none" if slope != 0.01 else name
+            scale, shift = scale_shift(self)
+            if not self.inplace or torch.is_grad_enabled() or torch.compiler.is_compiling() or x.numel() < _LARGE:
+                y = operator(x, scale, shift, residual, fused)
+            else:
+                y = operator.run_inplace(x, scale, shift, residual, fused)
+            if fused == name:
+                return y
+        if name == "leaky_relu":
+            return F.leaky_relu(y, slope, inplace=True)
+        return _INPLACE.get(name, ACTIVATIONS[name])(y)
+
+    def extra_repr(self) -> str:
+        words: str = super().extra_repr()  # type: ignore[no-untyped-call]
+        slope = f", negative_slope={self.negative_slope}" if self.activation_name == "leaky_relu" else ""
+        return f"{words}, activation={self.activation_name}{slope}"

@@ -1,0 +1,62 @@
+"""Networks by name: a class, the options that a name stands for, and a function that builds it."""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from convblocks.models.network import Network
+
+
+@dataclass(frozen=True)
+class Entry:
+    """A network that has a name.
+
+    Attributes:
+        name: of its function in ``convblocks.models``.
+        cls: the class.
+        options: of its constructor.
+        image_size: height and width of the images that it was published with.
+    """
+
+    name: str
+    cls: Callable[..., Network]
+    options: Mapping[str, Any]
+    image_size: int
+
+    def __call__(
+        self, *, num_classes: int = 1000, in_channels: int = 3, features_only: bool = False, **options: Any
+    ) -> Network:
+        network = self.cls(num_classes=num_classes, in_channels=in_channels, **{**self.options, **options})
+        network.name = self.name
+        return network.without_head() if features_only else network
+
+
+ENTRIES: dict[str, Entry] = {}
+
+
+def register(cls: Callable[..., Network], names: Mapping[str, Mapping[str, Any]], image_size: int = 224) -> None:
+    """Gives a name to each set of options; an ``image_size`` among them goes before that for all."""
+    for name, options in names.items():
+        own = dict(options)
+        size = own.pop("image_size", image_size)
+        ENTRIES[name] = Entry(name, cls, own, size)
+
+
+def function(entry: Entry) -> Callable[..., Network]:
+    def build(**options: Any) -> Network:
+        return entry(**options)
+
+    build.__name__ = build.__qualname__ = entry.name
+    build.__module__ = "convblocks.models"
+    build.__doc__ = f"{entry.name}: see ``convblocks.models.create`` for the options that all networks take.\n\n"
+    build.__doc__ += f"Those of its own: see ``{getattr(entry.cls, '__name__', entry.cls)}``."
+    return build
+
+
+def unknown(name: str) -> str:
+    """What to say of a name that no network has."""
+    close = difflib.get_close_matches(name, ENTRIES, 4)
+    return f"expected the name of a network, got {name!r}" + (f": is it {' or '.join(close)}?" if close else "")

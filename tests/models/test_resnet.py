@@ -1,0 +1,86 @@
+"""ResNet and its like against torchvision's and timm's."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import timm
+import torch
+import torchvision
+
+from convblocks.models import create
+from tests.models.common import assert_same, parameters, randomised
+
+IMAGES = (2, 3, 64, 64)
+
+
+@pytest.mark.parametrize(
+    ("name", "count"),
+    {
+        "resnet18": 11_689_512,
+        "resnet34": 21_797_672,
+        "resnet50": 25_557_032,
+        "resnet101": 44_549_160,
+        "resnet152": 60_192_808,
+        "wide_resnet50_2": 68_883_240,
+        "wide_resnet101_2": 126_886_696,
+        "resnext50_32x4d": 25_028_904,
+        "resnext101_32x4d": 44_177_704,
+        "resnext101_32x8d": 88_791_336,
+        "resnext101_64x4d": 83_455_272,
+        "se_resnet18": 11_779_624,
+        "se_resnet34": 21_960_416,
+        "se_resnet50": 28_088_024,
+        "se_resnet101": 49_326_872,
+        "se_resnet152": 66_821_848,
+        "cbam_resnet18": 11_779_392,
+        "cbam_resnet34": 21_960_468,
+        "cbam_resnet50": 28_089_624,
+        "cbam_resnet101": 49_330_172,
+        "cbam_resnet152": 66_826_848,
+        "eca_resnet50": 25_557_118,
+        "simam_resnet50": 25_557_032,
+    }.items(),
+)
+def test_parameters(name: str, count: int) -> None:
+    assert parameters(name) == count
+
+
+@pytest.mark.parametrize("name", ["resnet18", "resnet50", "resnext50_32x4d", "wide_resnet50_2"])
+def test_is_torchvisions(name: str) -> None:
+    theirs = randomised(getattr(torchvision.models, name))
+    assert_same(create(name), theirs, "torchvision", torch.randn(*IMAGES))
+
+
+@pytest.mark.parametrize(
+    ("name", "theirs", "options"),
+    [
+        ("resnet50", "resnet50d", {"deep_stem": (32, 32), "avg_down": True}),
+        ("se_resnet18", "seresnet18", {}),
+        ("se_resnet50", "seresnet50", {}),
+        ("eca_resnet50", "ecaresnet50d", {"deep_stem": (32, 32), "avg_down": True}),
+    ],
+)
+def test_is_timms(name: str, theirs: str, options: dict[str, Any]) -> None:
+    assert_same(create(name, **options), randomised(lambda: timm.create_model(theirs)), "timm", torch.randn(*IMAGES))
+
+
+def test_dilated_is_torchvisions() -> None:
+    """As DeepLab's backbone is."""
+    dilated = (False, True, True)
+    theirs = randomised(lambda: torchvision.models.resnet50(replace_stride_with_dilation=dilated))
+    assert_same(create("resnet50", dilated=dilated), theirs, "torchvision", torch.randn(*IMAGES))
+
+
+def test_drop_path() -> None:
+    """A sample skips blocks in training and none in evaluation."""
+    model = create("resnet18", drop_path_rate=0.9, num_classes=4)
+    assert [block.drop_path for stage in (model.layer1, model.layer4) for block in stage] == pytest.approx(
+        [0.0, 0.9 / 7, 0.9 * 6 / 7, 0.9]
+    )
+    x = torch.randn(*IMAGES)
+    assert not torch.equal(model(x), model(x))
+    plain = create("resnet18", num_classes=4)
+    plain.load_state_dict(model.state_dict())
+    torch.testing.assert_close(model.eval()(x), plain.eval()(x))
