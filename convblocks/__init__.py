@@ -12,6 +12,7 @@ from convblocks import backends, models, ops  # noqa: E402
 from convblocks.accelerate import accelerate, is_accelerated, revert  # noqa: E402  (the function hides its package)
 from convblocks.backends import use_backend, why_not  # noqa: E402
 from convblocks.blocks import (  # noqa: E402
+    ASPP,
     CBAM,
     ECA,
     SCSE,
@@ -24,6 +25,7 @@ from convblocks.blocks import (  # noqa: E402
     ConvNormAct,
     DepthwiseConv2d,
     DepthwiseSeparableConv,
+    DoubleConv,
     EffectiveSqueezeExcite,
     FasterNetBlock,
     PartialConv,
@@ -33,11 +35,14 @@ from convblocks.blocks import (  # noqa: E402
     SpatialAttention,
     SpatialSE,
     SqueezeExcite,
+    UNetDown,
+    UNetUp,
     convert_state_dict,
 )
 
 __version__ = "0.1.0"
 __all__ = [
+    "ASPP",
     "CBAM",
     "ECA",
     "SCSE",
@@ -50,6 +55,7 @@ __all__ = [
     "ConvNormAct",
     "DepthwiseConv2d",
     "DepthwiseSeparableConv",
+    "DoubleConv",
     "EffectiveSqueezeExcite",
     "FasterNetBlock",
     "PartialConv",
@@ -59,6 +65,8 @@ __all__ = [
     "SpatialAttention",
     "SpatialSE",
     "SqueezeExcite",
+    "UNetDown",
+    "UNetUp",
     "accelerate",
     "backends",
     "convert_state_dict",

@@ -1,5 +1,6 @@
 """Blocks as modules: parameters and a call to an operation."""
 
+from convblocks.blocks.aspp import ASPP
 from convblocks.blocks.batch_norm_act import BatchNormAct2d
 from convblocks.blocks.cbam import CBAM, ChannelAttention, SpatialAttention
 from convblocks.blocks.channel_shuffle import ChannelShuffle
@@ -15,8 +16,10 @@ from convblocks.blocks.scse import SCSE, ChannelSE, SpatialSE
 from convblocks.blocks.shufflenet import ShuffleNetV1Unit, ShuffleNetV2Unit
 from convblocks.blocks.simam import SimAM
 from convblocks.blocks.squeeze_excite import EffectiveSqueezeExcite, SqueezeExcite
+from convblocks.blocks.unet import DoubleConv, UNetDown, UNetUp
 
 __all__ = [
+    "ASPP",
     "CBAM",
     "ECA",
     "SCSE",
@@ -29,6 +32,7 @@ __all__ = [
     "ConvNormAct",
     "DepthwiseConv2d",
     "DepthwiseSeparableConv",
+    "DoubleConv",
     "EffectiveSqueezeExcite",
     "FasterNetBlock",
     "PartialConv",
@@ -38,5 +42,7 @@ __all__ = [
     "SpatialAttention",
     "SpatialSE",
     "SqueezeExcite",
+    "UNetDown",
+    "UNetUp",
     "convert_state_dict",
 ]

@@ -75,6 +75,19 @@ class Network(nn.Module):
             return self.forward_maps(x)
         return self.forward_head(self.forward_features(x))
 
+    def feature_info(self) -> list[tuple[int, int]]:
+        """Of the map at the end of each stage: channels, and how many of the image's pixels one stands for each way.
+
+        From a run without numbers.
+        """
+        size = 32 * -(-max(256, 2 * self.least_size) // 32)
+        tensors = {k: torch.empty_like(t, device="meta") for k, t in self.state_dict(keep_vars=True).items()}
+        maps = _Maps(self)
+        with torch.no_grad():
+            image = torch.empty(2, self.in_channels, size, size, device="meta")
+            found = torch.func.functional_call(maps, {f"network.{k}": t for k, t in tensors.items()}, image)
+        return [(m.shape[1], round(size / m.shape[2])) for m in found]
+
     def check(self, x: Tensor) -> None:
         if isinstance(x, torch.fx.Proxy) or isinstance(x.shape[0], Tensor):  # traced: sizes are not known
             return
@@ -94,6 +107,30 @@ class Network(nn.Module):
                 nn.init.kaiming_normal_(layer.weight, mode="fan_out", nonlinearity="relu")
                 if layer.bias is not None:
                     nn.init.zeros_(layer.bias)
+
+
+class _Maps(nn.Module):
+    def __init__(self, network: Network) -> None:
+        super().__init__()
+        self.network = network
+
+    def forward(self, x: Tensor) -> list[Tensor]:
+        return self.network.forward_maps(x)
+
+
+class SegmentationNetwork(Network):
+    """Base of the networks that give classes to pixels, from all maps of the trunk.
+
+    A subclass gives ``decode`` instead of ``forward_head``.
+    """
+
+    def decode(self, maps: list[Tensor], height: int, width: int) -> Any:
+        """From the maps of the trunk to the classes of the pixels of an image of this size."""
+        raise NotImplementedError
+
+    def forward(self, x: Tensor) -> Any:
+        maps = self.forward_maps(x)
+        return maps if self.features_only else self.decode(maps, x.shape[2], x.shape[3])
 
 
 def classifier(channels: int, num_classes: int, bias: bool = True) -> nn.Module:

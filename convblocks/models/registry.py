@@ -22,14 +22,12 @@ class Entry:
     """
 
     name: str
-    cls: Callable[..., Network]
+    cls: type[Network]
     options: Mapping[str, Any]
     image_size: int
 
-    def __call__(
-        self, *, num_classes: int = 1000, in_channels: int = 3, features_only: bool = False, **options: Any
-    ) -> Network:
-        network = self.cls(num_classes=num_classes, in_channels=in_channels, **{**self.options, **options})
+    def __call__(self, *, features_only: bool = False, **options: Any) -> Network:
+        network = self.cls(**{"num_classes": 1000, "in_channels": 3, **self.options, **options})
         network.name = self.name
         return network.without_head() if features_only else network
 
@@ -37,7 +35,7 @@ class Entry:
 ENTRIES: dict[str, Entry] = {}
 
 
-def register(cls: Callable[..., Network], names: Mapping[str, Mapping[str, Any]], image_size: int = 224) -> None:
+def register(cls: type[Network], names: Mapping[str, Mapping[str, Any]], image_size: int = 224) -> None:
     """Gives a name to each set of options; an ``image_size`` among them goes before that for all."""
     for name, options in names.items():
         own = dict(options)
@@ -52,7 +50,7 @@ def function(entry: Entry) -> Callable[..., Network]:
     build.__name__ = build.__qualname__ = entry.name
     build.__module__ = "convblocks.models"
     build.__doc__ = f"{entry.name}: see ``convblocks.models.create`` for the options that all networks take.\n\n"
-    build.__doc__ += f"Those of its own: see ``{getattr(entry.cls, '__name__', entry.cls)}``."
+    build.__doc__ += f"Those of its own: see ``{entry.cls.__name__}``."
     return build
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import pickle
+import sys
 from typing import Any
 
 import pytest
@@ -11,6 +12,7 @@ from torch import nn
 
 import convblocks
 from convblocks.models import create, names
+from convblocks.models.network import SegmentationNetwork
 from convblocks.models.registry import ENTRIES
 
 # The first of each class, which stands for the others where layers run for real.
@@ -42,7 +44,11 @@ def test_features(name: str) -> None:
         maps = model(x)
         assert len(maps) == len(whole.stages())
         torch.testing.assert_close(maps[-1], whole.forward_features(x))
-        torch.testing.assert_close(whole.forward_head(maps[-1]), whole(x))
+        classes = (
+            whole.decode(maps, *x.shape[2:]) if isinstance(whole, SegmentationNetwork) else whole.forward_head(maps[-1])
+        )
+        torch.testing.assert_close(classes, whole(x))
+    assert whole.feature_info() == [(m.shape[1], round(x.shape[2] / m.shape[2])) for m in maps]
 
 
 @pytest.mark.parametrize("name", FIRST)
@@ -77,6 +83,9 @@ def test_names() -> None:
     assert create("resnet18", num_classes=2).name == "resnet18"
     assert names("wide_resnet50") == ["wide_resnet50_2"]
     assert set(names()) <= set(dir(convblocks.models))
+    for name in names():  # no file has the name of a network
+        assert getattr(convblocks.models, name).__name__ == name
+        assert f"convblocks.models.{name}" not in sys.modules
     with pytest.raises(ValueError, match=r"create: expected the name of a network, got 'resnet5': is it resnet50"):
         create("resnet5")
     with pytest.raises(AttributeError, match="expected the name of a network, got 'resnet5': is it resnet50"):
