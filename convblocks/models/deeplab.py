@@ -47,6 +47,7 @@ class DeepLabV3(SegmentationNetwork):
     """
 
     head = ("classifier", "aux_classifier")
+    native = "torchvision"
 
     def __init__(
         self,

@@ -21,11 +21,13 @@ class Network(nn.Module):
         in_channels: of the images.
         least_size: the height and width, in pixels, below which its layers have nothing to work on.
         head: its layers that make classes of the last map: what ``features_only`` does without.
+        native: whose keys the state dict has.
         layouts: key layouts of others from which ``convert_state_dict`` reads a state dict of it.
     """
 
     least_size: int = 1
     head: ClassVar[tuple[str, ...]] = ()
+    native: ClassVar[str] = "convblocks"
     layouts: ClassVar[tuple[Layout, ...]] = ()
 
     def __init__(self, num_classes: int, in_channels: int) -> None:

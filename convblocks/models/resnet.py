@@ -60,6 +60,7 @@ class ResNet(Network):
     """
 
     head = ("fc",)
+    native = "torchvision"
     layouts = (
         # Cadene's SENets and timm's copies of them; the authors' networks with attention
         Layout("timm", (rename(r"layer0\.(.+)", r"\1"), rename(r"last_linear\.(.+)", r"fc.\1"))),

@@ -51,6 +51,7 @@ class UNet(SegmentationNetwork):
     """
 
     head = ("outc",)
+    native = "official"
     layouts = (Layout("official", (_without_masks,)),)
 
     def __init__(
@@ -181,6 +182,7 @@ class EncoderUNet(SegmentationNetwork):
     """
 
     head = ("decoder", "segmentation_head")
+    native = "convblocks"
     layouts = (Layout("segmentation_models_pytorch", (rename(r"(.*\.attention[12])\.attention\.(.+)", r"\1.\2"),)),)
 
     def __init__(
