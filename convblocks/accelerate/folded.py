@@ -19,12 +19,15 @@ from convblocks.accelerate.rule import Forward, Rule, Run
 from convblocks.blocks.arguments import FUNCTIONS, qualified_name
 from convblocks.blocks.batch_norm_act import scale_shift
 from convblocks.blocks.depthwise_conv2d import fused_forward, padding_of
+from convblocks.ops.operator import memory_format
 
 _HOOKS = ("_forward_pre_hooks", "_forward_hooks")
 PLAIN, SAME = "torch.nn.modules.conv.Conv2d", "timm.layers.conv2d_same.Conv2dSame"  # which pads as TensorFlow does
 CONVOLUTIONS = (PLAIN, SAME)
 ACTIVATION_LAYERS = tuple(source for source in FUNCTIONS if source.startswith("torch."))
 NORMS = ("torch.nn.modules.batchnorm.BatchNorm2d", "timm.layers.norm_act.BatchNormAct2d")
+
+_HAS_ONEDNN = torch.backends.mkldnn.is_available() and hasattr(torch.ops.mkldnn, "_reorder_convolution_weight")
 
 
 class Kept:
@@ -65,8 +68,11 @@ def _signs(tensors: list[Tensor | None], settings: Any) -> Any:
 
 def _is_plain(t: Tensor) -> bool:
     """Whether it is stored as it is, and counts what is written to it."""
-    wrapped = type(t) not in (Tensor, nn.Parameter) or torch._C._functorch.is_functorch_wrapped_tensor(t)
-    return not wrapped and not t.is_inference()
+    return _is_unwrapped(t) and not t.is_inference()
+
+
+def _is_unwrapped(t: Tensor) -> bool:
+    return type(t) in (Tensor, nn.Parameter) and not torch._C._functorch.is_functorch_wrapped_tensor(t)
 
 
 class Fold:
@@ -160,8 +166,17 @@ class DepthwiseFold(Fold):
         return forward
 
 
+def _packed_conv2d(x: Tensor, weight: Tensor, bias: Tensor, stride: Any, padding: Any, *how: Any) -> Tensor:
+    y: Tensor = torch.ops.mkldnn._convolution_pointwise(x, weight, bias, padding, stride, *how, "none", [], "")
+    return y
+
+
 class DenseFold(Fold):
-    """Convolution and norm only; an activation in the norm is called as the module that it is."""
+    """Convolution and norm only; an activation in the norm is called as the module that it is.
+
+    On the CPU, in channels_last, the folded weights are kept as oneDNN lays them out for the first image: torch would
+    do that at each call, which for one image takes up to a third of the time of a network.
+    """
 
     lead = "FoldingDense"
 
@@ -174,9 +189,14 @@ class DenseFold(Fold):
                 return unfolded
             if not fold.fits(x) or self.padding_mode != "zeros":
                 return fold.unfused(x)
-            norm = fold.norm
-            weight, bias = fold.kept(fold.sources(), norm.eps, fold.weights)
-            y = run(x, weight, bias, self.stride, self.padding, self.dilation, self.groups)
+            norm, how = fold.norm, (self.stride, self.padding, self.dilation, self.groups)
+            if fold.packs(x):
+                pack = partial(fold.packed, list(x.shape))
+                weight, bias = fold.kept(fold.sources(), (norm.eps, how), pack)
+                y: Tensor = _packed_conv2d(x, weight, bias, *how)
+            else:
+                weight, bias = fold.kept(fold.sources(), norm.eps, fold.weights)
+                y = run(x, weight, bias, *how)
             act = norm._modules.get("act")
             return y if act is None else act(y)
 
@@ -185,6 +205,24 @@ class DenseFold(Fold):
     def weights(self) -> tuple[Tensor, Tensor]:
         weight, bias = super().weights()
         return weight.to(self.first.weight.dtype), bias.to(self.first.weight.dtype)
+
+    def packed(self, size: list[int]) -> tuple[Tensor, Tensor]:
+        conv, (weight, bias) = self.first, self.weights()
+        how = conv.padding, conv.stride, conv.dilation, conv.groups
+        return torch.ops.mkldnn._reorder_convolution_weight(weight, *how, size), bias
+
+    def packs(self, x: Tensor) -> bool:
+        """Whether oneDNN has this convolution, and x fits it."""
+        if torch.compiler.is_compiling() or torch._C._get_tracing_state() or torch.is_autocast_enabled("cpu"):
+            return False
+        conv = self.first
+        known = _HAS_ONEDNN and torch.backends.mkldnn.is_available() and isinstance(conv.padding, tuple)
+        if not (known and x.is_cpu and x.dtype == torch.float32 and x.shape[1] == conv.in_channels):
+            return False
+        if memory_format(x) != torch.channels_last:  # in which the result is
+            return False
+        given = zip(x.shape[2:], conv.padding, conv.dilation, conv.kernel_size, strict=True)
+        return _is_unwrapped(x) and x.numel() > 0 and all(n + 2 * p > d * (k - 1) for n, p, d, k in given)
 
 
 class NormFold(Fold):

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 
 import convblocks
+from convblocks.opinfo import LAYOUTS
 from tests.accelerate.sources import timm, torchvision
 
 
@@ -73,6 +74,39 @@ def test_activations(act: nn.Module, bias: bool, backend: str, device: str) -> N
     assert (calls[0] != "none") == known
 
 
+@pytest.mark.parametrize("layout", ["channels_last", "channels_last_slice", "crop", "contiguous"])
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"kernel_size": 1},
+        {"kernel_size": 3, "padding": 1, "stride": 2, "groups": 2},
+        {"kernel_size": (1, 5), "padding": (0, 2), "dilation": (1, 2)},
+        {"kernel_size": 4, "padding": "same", "bias": False},
+    ],
+)
+def test_dense_convolutions(options: dict[str, Any], layout: str) -> None:
+    """The result is laid out as before, at any image size; a wrong input is refused with torch's words."""
+    model = _random_norms(nn.Sequential(nn.Conv2d(6, 10, **options), nn.BatchNorm2d(10))).eval()
+    fast = _folded(model)
+    for n, h, w in ((2, 9, 11), (1, 17, 5), (3, 9, 11)):
+        x = LAYOUTS[layout](torch.randn(n, 6, h, w))
+        with torch.no_grad():
+            got, expected = fast(x), model(x)
+        torch.testing.assert_close(got, expected)
+        assert got.stride() == expected.stride()
+    for size in ((2, 5, 9, 9), (0, 6, 9, 9), (2, 6, 9, 1), (6, 9, 9)):
+        x = torch.randn(size)
+        x = x.to(memory_format=torch.channels_last) if x.dim() == 4 else x
+        with torch.no_grad():
+            try:
+                expected = model(x)
+            except (RuntimeError, ValueError) as e:
+                with pytest.raises(type(e), match=re.escape(str(e))):
+                    fast(x)
+            else:
+                torch.testing.assert_close(fast(x), expected)
+
+
 @each_groups
 @pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16])
 def test_dtypes(dtype: torch.dtype, groups: int, backend: str, device: str) -> None:
@@ -120,13 +154,15 @@ CHANGES: dict[str, Callable[[Any], Any]] = {
 @pytest.mark.parametrize("change", CHANGES)
 def test_changes_after_it(change: str, groups: int, backend: str, device: str) -> None:
     model = _trio(groups=groups).to(device)
-    fast = _folded(model)
-    _assert_same(fast, model, X.to(device))
-    with torch.no_grad():
-        for m in (model, fast):
-            torch.manual_seed(0)
-            CHANGES[change](m)
-    _assert_same(fast, model, X.to(device))
+    for layout in (torch.contiguous_format, torch.channels_last):
+        ours, fast = copy.deepcopy(model), _folded(model)
+        x = X.to(device, memory_format=layout)
+        _assert_same(fast, ours, x)
+        with torch.no_grad():
+            for m in (ours, fast):
+                torch.manual_seed(0)
+                CHANGES[change](m)
+        _assert_same(fast, ours, x)
 
 
 def test_changes_of_data() -> None:
@@ -240,6 +276,7 @@ def test_networks(make: Callable[[], nn.Module], counts: tuple[int, ...]) -> Non
     assert _counts(convblocks.accelerate(fast, fold_bn=True)) == counts
     x = torch.randn(2, 3, 64, 64)
     _assert_same(fast, model, x, 1e-4)
+    _assert_same(fast, model, x.to(memory_format=torch.channels_last), 1e-4)
     convblocks.revert(fast)
     assert [type(m) for m in fast.modules()] == [type(m) for m in model.modules()]
     with torch.no_grad():
