@@ -14,6 +14,8 @@ from convblocks.accelerate.folded import (
     ACTIVATION_LAYERS,
     CONVOLUTIONS,
     NORMS,
+    OWN_DEPTHWISE,
+    OWN_NORM,
     SAME,
     DenseFold,
     DepthwiseFold,
@@ -57,11 +59,17 @@ def _chains(model: nn.Module) -> Iterator[tuple[nn.Module, tuple[str, ...]]]:
             continue
         if f"{forward.__module__}.{forward.__qualname__}" == f"{source}.forward":
             yield from ((parent, chain) for chain in _CHAINS.get(source, ()) if set(chain) <= parent._modules.keys())
-        if isinstance(parent, nn.Sequential) and forward is nn.Sequential.forward:
+        if source.startswith("convblocks."):  # blocks of ours say which of their layers follow each other
+            yield from ((parent, chain) for chain in getattr(parent, "chains", ()))
+        if _is_sequential(parent):
             children = list(parent._modules)
             yield from ((parent, tuple(children[i : i + 3])) for i in range(len(children)))
     for parent in model.modules():
         yield from ((parent, (name,)) for name in parent._modules)
+
+
+def _is_sequential(parent: nn.Module) -> bool:
+    return isinstance(parent, nn.Sequential) and type(parent).forward is nn.Sequential.forward
 
 
 def _is_norm(layer: Any) -> bool:
@@ -87,18 +95,29 @@ def _of_convolution(parent: nn.Module, names: tuple[str, ...]) -> Fold | None:
     source = qualified_name(type(conv))
     if source not in CONVOLUTIONS or not _is_norm(norm) or norm.num_features != conv.out_channels:
         return None
-    if 1 < conv.groups == conv.in_channels:
+    depthwise = 1 < conv.groups == conv.in_channels
+    if qualified_name(type(norm)) == OWN_NORM:
+        # Elsewhere it may be given a residual, to add before the activation.
+        function = norm.function if _is_sequential(parent) else None
+        activation: str | None = "none" if function is None else function
+        count, ends = 0, function is None
+    else:
         activation, count = _activation(norm, after)
-        return None if activation is None else DepthwiseFold(parent, names[: 2 + count], activation)
+        ends = False
+    if depthwise:
+        own = source == OWN_DEPTHWISE and (conv.activation_name != "none" or conv.padding_mode != "zeros")
+        return None if activation is None or own else DepthwiseFold(parent, names[: 2 + count], activation, ends)
     drops = hasattr(norm, "drop") and type(norm.drop) is not nn.Identity
     if drops or conv.padding_mode != "zeros" or source == SAME:
         return None
-    return DenseFold(parent, names[:2], "none")
+    if activation is None or hasattr(norm, "act"):
+        activation, count = "none", 0
+    return DenseFold(parent, names[: 2 + count], activation, ends)
 
 
 def _of_norm(parent: nn.Module, names: tuple[str, ...]) -> Fold | None:
     norm, *after = [parent._modules[name] for name in names]
-    if not _is_norm(norm):
+    if not _is_norm(norm) or qualified_name(type(norm)) == OWN_NORM:  # which is one pass as it is
         return None
     activation, count = _activation(norm, after)
     return None if activation is None else NormFold(parent, names[: 1 + count], activation)
@@ -132,7 +151,7 @@ def error(fold: Fold, backend: str) -> float:
 
     As for other replacements, four times the error of the layers in their own dtype is allowed, and a little.
     """
-    copied = copy.deepcopy(type(fold)(nn.ModuleDict(fold.layers), tuple(fold.layers), fold.activation))
+    copied = copy.deepcopy(type(fold)(nn.ModuleDict(fold.layers), tuple(fold.layers), fold.activation, fold.ends))
     layers = [layer.eval() for layer in copied.layers.values()]
     like = next((p for layer in layers for p in layer.parameters()), copied.norm.running_mean)
     generator = torch.Generator().manual_seed(0)

@@ -17,15 +17,18 @@ from torch.autograd import forward_ad
 
 from convblocks.accelerate.rule import Forward, Rule, Run
 from convblocks.blocks.arguments import FUNCTIONS, qualified_name
-from convblocks.blocks.batch_norm_act import scale_shift
+from convblocks.blocks.batch_norm_act import INPLACE, scale_shift
 from convblocks.blocks.depthwise_conv2d import fused_forward, padding_of
+from convblocks.ops.gate import ACTIVATIONS
 from convblocks.ops.operator import memory_format
 
 _HOOKS = ("_forward_pre_hooks", "_forward_hooks")
 PLAIN, SAME = "torch.nn.modules.conv.Conv2d", "timm.layers.conv2d_same.Conv2dSame"  # which pads as TensorFlow does
-CONVOLUTIONS = (PLAIN, SAME)
+OWN_NORM = "convblocks.blocks.batch_norm_act.BatchNormAct2d"  # ends in a residual and an activation
+OWN_DEPTHWISE = "convblocks.blocks.depthwise_conv2d.DepthwiseConv2d"
+CONVOLUTIONS = (PLAIN, SAME, OWN_DEPTHWISE)
 ACTIVATION_LAYERS = tuple(source for source in FUNCTIONS if source.startswith("torch."))
-NORMS = ("torch.nn.modules.batchnorm.BatchNorm2d", "timm.layers.norm_act.BatchNormAct2d")
+NORMS = (OWN_NORM, "torch.nn.modules.batchnorm.BatchNorm2d", "timm.layers.norm_act.BatchNormAct2d")
 
 _HAS_ONEDNN = torch.backends.mkldnn.is_available() and hasattr(torch.ops.mkldnn, "_reorder_convolution_weight")
 
@@ -81,13 +84,14 @@ class Fold:
     Attributes:
         parent: whose children they are.
         layers: by their names there: perhaps a convolution, a norm, and perhaps an activation.
-        activation: what follows the norm, in it or after it; a name in ``convblocks.ops``.
+        activation: what of that which follows the norm, in it or after it, is done here; a name in ``convblocks.ops``.
+        ends: whether the norm, one of ours, does itself what follows it.
     """
 
     lead: str  # what the first layer's rule is called before the layer's class
 
-    def __init__(self, parent: nn.Module, names: tuple[str, ...], activation: str) -> None:
-        self.parent, self.activation = parent, activation
+    def __init__(self, parent: nn.Module, names: tuple[str, ...], activation: str, ends: bool = False) -> None:
+        self.parent, self.activation, self.ends = parent, activation, ends
         self.layers: dict[str, Any] = {name: parent._modules[name] for name in names}
         self.kept = Kept()
 
@@ -106,8 +110,7 @@ class Fold:
         return count
 
     def rule_of(self, layer: nn.Module) -> Rule:
-        source = qualified_name(type(layer))
-        return RULES[f"{self.lead if layer is self.first else 'Folded'}{source.rpartition('.')[2]}"]
+        return RULES[_name(self.lead if layer is self.first else "Folded", qualified_name(type(layer)))]
 
     def active(self, layer: Any, x: Any) -> bool:
         """Whether ``layer``, given x, has its part in it: not if it is a replica of DataParallel's."""
@@ -131,7 +134,8 @@ class Fold:
 
     def unfused(self, x: Tensor) -> Tensor:
         for layer in self.layers.values():
-            x = layer.unfused(x)
+            # One of ours does what follows the norm when it is called.
+            x = nn.BatchNorm2d.forward(layer, x) if self.ends and layer is self.norm else layer.unfused(x)
         return x
 
     def weights(self) -> tuple[Tensor, Tensor]:
@@ -151,28 +155,47 @@ class DepthwiseFold(Fold):
     lead = "Folding"
 
     @staticmethod
-    def forward(same: bool, run: Run) -> Forward:
-        alone = fused_forward(same, run)
+    def forward(same: bool | None, run: Run) -> Forward:
+        """``same``: it pads as TensorFlow does; None: one of ours, which knows."""
+        alone = None if same is None else fused_forward(same, run)
 
         def forward(self: Any, x: Tensor) -> Tensor:
             fold: Fold = self.fold
             if not fold.active(self, x):
-                return alone(self, x)
+                unfolded: Tensor = alone(self, x) if alone else self.unfused(x)
+                return unfolded
             if not fold.fits(x):
                 return fold.unfused(x)
             weight, bias = fold.weights()  # at each call, as they are few and no sign tells of all changes (``.data``)
-            return run(x, weight, bias, self.stride, padding_of(self, x, same), self.dilation, fold.activation)
+            padding = padding_of(self, x, self.same if same is None else same)
+            return run(x, weight, bias, self.stride, padding, self.dilation, fold.activation)
 
         return forward
 
 
-def _packed_conv2d(x: Tensor, weight: Tensor, bias: Tensor, stride: Any, padding: Any, *how: Any) -> Tensor:
-    y: Tensor = torch.ops.mkldnn._convolution_pointwise(x, weight, bias, padding, stride, *how, "none", [], "")
+# What the activations are called by oneDNN, and their numbers.
+_ONEDNN: dict[str, tuple[str, list[float], str]] = {
+    "none": ("none", [], ""),
+    "relu": ("relu", [], ""),
+    "relu6": ("hardtanh", [0.0, 6.0], ""),
+    "silu": ("swish", [], ""),
+    "hardswish": ("hardswish", [], ""),
+    "gelu": ("gelu", [], "none"),
+    "gelu_tanh": ("gelu", [], "tanh"),
+    "leaky_relu": ("leaky_relu", [0.01], ""),
+}
+
+
+def _packed_conv2d(
+    x: Tensor, weight: Tensor, bias: Tensor, stride: Any, padding: Any, dilation: Any, groups: int, activation: str
+) -> Tensor:
+    how = padding, stride, dilation, groups, *_ONEDNN[activation]
+    y: Tensor = torch.ops.mkldnn._convolution_pointwise(x, weight, bias, *how)
     return y
 
 
 class DenseFold(Fold):
-    """Convolution and norm only; an activation in the norm is called as the module that it is.
+    """An activation in timm's norm is called as the module that it is.
 
     On the CPU, in channels_last, the folded weights are kept as oneDNN lays them out for the first image: torch would
     do that at each call, which for one image takes up to a third of the time of a network.
@@ -193,10 +216,10 @@ class DenseFold(Fold):
             if fold.packs(x):
                 pack = partial(fold.packed, list(x.shape))
                 weight, bias = fold.kept(fold.sources(), (norm.eps, how), pack)
-                y: Tensor = _packed_conv2d(x, weight, bias, *how)
+                y: Tensor = _packed_conv2d(x, weight, bias, *how, fold.activation)
             else:
                 weight, bias = fold.kept(fold.sources(), norm.eps, fold.weights)
-                y = run(x, weight, bias, *how)
+                y = INPLACE.get(fold.activation, ACTIVATIONS[fold.activation])(run(x, weight, bias, *how))
             act = norm._modules.get("act")
             return y if act is None else act(y)
 
@@ -263,6 +286,18 @@ def _handing_on(run: Run) -> Forward:
     return forward
 
 
+def _ending(run: Run) -> Forward:
+    def forward(self: Any, x: Tensor, residual: Tensor | None = None) -> Tensor:
+        fold: Fold = self.fold
+        if not fold.active(self, x):
+            y: Tensor = self.unfused(x, residual)
+        else:
+            y = self.end(x, residual) if fold.ends else x
+        return y
+
+    return forward
+
+
 def _train(self: Any, mode: bool = True) -> Any:
     self.fold.kept.clear()
     return type(self).source.train(self, mode)
@@ -273,11 +308,17 @@ def _check_input_dim(self: Any, x: Any) -> None:
         type(self).source._check_input_dim(self, x)
 
 
+def _name(prefix: str, source: str) -> str:
+    """Of the class that a layer becomes; timm's norm has the name of ours."""
+    own = "Own" if source.startswith("convblocks.") else ""
+    return f"{prefix}{own}{source.rpartition('.')[2]}"
+
+
 def _rule(prefix: str, source: str, operation: str, forward: Callable[[Run], Forward]) -> Rule:
     def no_check(module: Any) -> None: ...
 
     return Rule(
-        f"{prefix}{source.rpartition('.')[2]}",
+        _name(prefix, source),
         source,
         operation,
         forward,
@@ -295,7 +336,9 @@ RULES = {
         _rule(DepthwiseFold.lead, PLAIN, "depthwise_conv2d", partial(DepthwiseFold.forward, False)),
         _rule(DepthwiseFold.lead, SAME, "depthwise_conv2d", partial(DepthwiseFold.forward, True)),
         _rule(DenseFold.lead, PLAIN, "conv2d", DenseFold.forward),
-        *(_rule(NormFold.lead, source, "scale_shift_act", NormFold.forward) for source in NORMS),
-        *(_rule("Folded", source, "scale_shift_act", _handing_on) for source in (*NORMS, *ACTIVATION_LAYERS)),
+        _rule(DepthwiseFold.lead, OWN_DEPTHWISE, "depthwise_conv2d", partial(DepthwiseFold.forward, None)),
+        _rule("Folded", OWN_NORM, "scale_shift_act", _ending),
+        *(_rule(NormFold.lead, source, "scale_shift_act", NormFold.forward) for source in NORMS[1:]),
+        *(_rule("Folded", source, "scale_shift_act", _handing_on) for source in (*NORMS[1:], *ACTIVATION_LAYERS)),
     )
 }

@@ -12,7 +12,7 @@ from convblocks.blocks.arguments import Layer, function_name
 from convblocks.ops.gate import ACTIVATIONS
 from convblocks.ops.scale_shift_act import operator
 
-_INPLACE: dict[str, Callable[[Tensor], Tensor]] = {  # those whose gradient asks for no more than their output
+INPLACE: dict[str, Callable[[Tensor], Tensor]] = {  # those whose gradient asks for no more than their output
     "relu": partial(F.relu, inplace=True),
     "relu6": partial(F.relu6, inplace=True),
 }
@@ -76,25 +76,31 @@ class BatchNormAct2d(nn.BatchNorm2d):
         self.activation_name = function_name("BatchNormAct2d", "activation", activation, ACTIVATIONS)
         self.negative_slope, self.inplace = negative_slope, inplace
 
+    @property
+    def function(self) -> str | None:
+        """The activation's name in ``convblocks.ops``; None for one with another slope than it has there."""
+        other = self.activation_name == "leaky_relu" and self.negative_slope != 0.01
+        return None if other else self.activation_name
+
     def forward(self, x: Tensor, residual: Tensor | None = None) -> Tensor:
-        name = self.activation_name
-        slope = self.negative_slope if name == "leaky_relu" else 0.01
         if self.training or self.running_mean is None or backends.selected == "reference":
-            y = super().forward(x)
-            y = y if residual is None else y + residual
+            return self.end(super().forward(x), residual)
+        self._check_input_dim(x)
+        scale, shift = scale_shift(self)
+        fused = "none" if self.function is None else self.function
+        if not self.inplace or torch.is_grad_enabled() or torch.compiler.is_compiling() or x.numel() < _LARGE:
+            y = operator(x, scale, shift, residual, fused)
         else:
-            self._check_input_dim(x)
-            fused = "none" if slope != 0.01 else name
-            scale, shift = scale_shift(self)
-            if not self.inplace or torch.is_grad_enabled() or torch.compiler.is_compiling() or x.numel() < _LARGE:
-                y = operator(x, scale, shift, residual, fused)
-            else:
-                y = operator.run_inplace(x, scale, shift, residual, fused)
-            if fused == name:
-                return y
+            y = operator.run_inplace(x, scale, shift, residual, fused)
+        return self.end(y) if self.function is None else y
+
+    def end(self, y: Tensor, residual: Tensor | None = None) -> Tensor:
+        """What follows the norm, given its output, which may be written over."""
+        y = y if residual is None else y + residual
+        name = self.activation_name
         if name == "leaky_relu":
-            return F.leaky_relu(y, slope, inplace=True)
-        return _INPLACE.get(name, ACTIVATIONS[name])(y)
+            return F.leaky_relu(y, self.negative_slope, inplace=True)
+        return INPLACE.get(name, ACTIVATIONS[name])(y)
 
     def extra_repr(self) -> str:
         words: str = super().extra_repr()  # type: ignore[no-untyped-call]

@@ -23,6 +23,12 @@ class ResidualBlock(nn.Module):
         self.se: nn.Module | None = None
         self.middle: nn.Module | None = None
 
+    @property
+    def chains(self) -> tuple[tuple[str, str], ...]:
+        """Convolutions and the norms that see nothing but what they make."""
+        pairs = [(f"conv{i}", f"bn{i}") for i in (1, 2, 3) if hasattr(self, f"conv{i}")]
+        return tuple(pairs if self.middle is None else pairs[:1] + pairs[2:])
+
     def place(self, attention: Attention, at: str, end: int, middle: int) -> None:
         """Puts attention at one of two places that have so many channels."""
         name = type(self).__name__

@@ -60,6 +60,7 @@ class ResNet(Network):
     """
 
     head = ("fc",)
+    chains = (("conv1", "bn1"),)
     native = "torchvision"
     layouts = (
         # Cadene's SENets and timm's copies of them; the authors' networks with attention

@@ -246,6 +246,10 @@ def test_compile(groups: int) -> None:
     torch._dynamo.reset()
 
 
+def _own(activation: str, groups: int) -> nn.Module:
+    return convblocks.ConvNormAct(3, 3, groups=groups, activation=activation, negative_slope=0.1)
+
+
 def _counts(report: Any) -> tuple[int, ...]:
     folded = [e.operation for e in report.replaced if e.reason.endswith(" folded in") or e.reason == "for inference"]
     return tuple(folded.count(name) for name in ("depthwise_conv2d", "conv2d", "scale_shift_act"))
@@ -266,7 +270,15 @@ def _counts(report: Any) -> tuple[int, ...]:
         (lambda: torchvision.models.densenet121(), (0, 59, 62)),
         (lambda: timm.create_model("densenet121"), (0, 59, 62)),
         (lambda: timm.create_model("resnetv2_50"), (0, 0, 49)),
-        (lambda: nn.Sequential(nn.Conv2d(3, 8, 1), convblocks.DepthwiseSeparableConv(8, 4)), (0, 1, 1)),
+        (lambda: nn.Sequential(nn.Conv2d(3, 8, 1), convblocks.DepthwiseSeparableConv(8, 4)), (1, 1, 0)),
+        (lambda: convblocks.models.resnet18(), (0, 20, 0)),
+        (lambda: convblocks.models.resnet18(attention="eca"), (0, 20, 0)),
+        (lambda: convblocks.models.simam_resnet18(), (0, 12, 0)),
+        (lambda: convblocks.models.resnet18(deep_stem=(32, 32), avg_down=True), (0, 21, 0)),
+        (
+            lambda: nn.Sequential(*(_own(act, groups) for act in ("silu", "leaky_relu", "gelu") for groups in (1, 3))),
+            (3, 3, 0),
+        ),
     ],
 )
 def test_networks(make: Callable[[], nn.Module], counts: tuple[int, ...]) -> None:
