@@ -17,7 +17,7 @@ from convblocks.opinfo import LAYOUTS
 from tests.accelerate.sources import timm, torchvision
 
 
-def _random_norms(model: nn.Module) -> nn.Module:
+def random_norms(model: nn.Module) -> nn.Module:
     for module in model.modules():
         if isinstance(module, nn.BatchNorm2d):
             nn.init.uniform_(module.weight, 0.5, 1.5)
@@ -30,13 +30,13 @@ def _random_norms(model: nn.Module) -> nn.Module:
 each_groups = pytest.mark.parametrize("groups", [6, 2, 1])  # depthwise, and dense
 
 
-def _trio(act: nn.Module | None = None, bias: bool = False, groups: int = 6) -> nn.Sequential:
+def trio(act: nn.Module | None = None, bias: bool = False, groups: int = 6) -> nn.Sequential:
     layers = [nn.Conv2d(3, 6, 1), nn.Conv2d(6, 6, 3, padding=1, groups=groups, bias=bias), nn.BatchNorm2d(6)]
     model = nn.Sequential(*layers, act or nn.ReLU6(inplace=True), nn.Conv2d(6, 2, 1))
-    return _random_norms(model).eval()  # type: ignore[return-value]
+    return random_norms(model).eval()  # type: ignore[return-value]
 
 
-def _folded(model: nn.Module) -> nn.Module:
+def folded(model: nn.Module) -> nn.Module:
     fast = copy.deepcopy(model)
     report = convblocks.accelerate(fast, fold_bn=True, strict=True)
     assert all(" folded in" in e.reason for e in report.replaced if e.operation in ("depthwise_conv2d", "conv2d"))
@@ -44,7 +44,7 @@ def _folded(model: nn.Module) -> nn.Module:
 
 
 @torch.no_grad()
-def _assert_same(fast: nn.Module, model: nn.Module, x: Tensor, tolerance: float = 1e-5) -> None:
+def assert_same(fast: nn.Module, model: nn.Module, x: Tensor, tolerance: float = 1e-5) -> None:
     exact = copy.deepcopy(model).double()(x.double())
     assert (fast(x) - exact).norm() <= tolerance * exact.norm()
 
@@ -57,9 +57,9 @@ X = torch.randn(2, 3, 7, 8, generator=torch.Generator().manual_seed(0))
     "act", [nn.ReLU(), nn.ReLU6(), nn.SiLU(), nn.Hardswish(), nn.GELU(), nn.LeakyReLU(), nn.LeakyReLU(0.2), nn.Tanh()]
 )
 def test_activations(act: nn.Module, bias: bool, backend: str, device: str) -> None:
-    model = _trio(act, bias).to(device)
-    fast = _folded(model)
-    _assert_same(fast, model, X.to(device))
+    model = trio(act, bias).to(device)
+    fast = folded(model)
+    assert_same(fast, model, X.to(device))
     calls: list[str] = []
     operator = convblocks.backends.operators["depthwise_conv2d"]
     original = operator.reference
@@ -86,8 +86,8 @@ def test_activations(act: nn.Module, bias: bool, backend: str, device: str) -> N
 )
 def test_dense_convolutions(options: dict[str, Any], layout: str) -> None:
     """The result is laid out as before, at any image size; a wrong input is refused with torch's words."""
-    model = _random_norms(nn.Sequential(nn.Conv2d(6, 10, **options), nn.BatchNorm2d(10))).eval()
-    fast = _folded(model)
+    model = random_norms(nn.Sequential(nn.Conv2d(6, 10, **options), nn.BatchNorm2d(10))).eval()
+    fast = folded(model)
     for n, h, w in ((2, 9, 11), (1, 17, 5), (3, 9, 11)):
         x = LAYOUTS[layout](torch.randn(n, 6, h, w))
         with torch.no_grad():
@@ -110,18 +110,18 @@ def test_dense_convolutions(options: dict[str, Any], layout: str) -> None:
 @each_groups
 @pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16])
 def test_dtypes(dtype: torch.dtype, groups: int, backend: str, device: str) -> None:
-    model = _trio(groups=groups).to(device, dtype)
-    fast = _folded(model)
+    model = trio(groups=groups).to(device, dtype)
+    fast = folded(model)
     with torch.no_grad():
         y = fast(X.to(device, dtype))
     assert y.dtype == dtype
-    _assert_same(fast, model, X.to(device, dtype), 1e-12 if dtype == torch.float64 else 2e-2)
+    assert_same(fast, model, X.to(device, dtype), 1e-12 if dtype == torch.float64 else 2e-2)
 
 
 @each_groups
 def test_training_and_gradients_are_untouched(groups: int, backend: str, device: str) -> None:
-    model = _trio(groups=groups).to(device)
-    fast = _folded(model)
+    model = trio(groups=groups).to(device)
+    fast = folded(model)
     for train in (True, False):
         results = []
         for m in (model, fast):
@@ -131,7 +131,7 @@ def test_training_and_gradients_are_untouched(groups: int, backend: str, device:
         for a, b in zip(*results, strict=True):
             torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-4)
     torch.testing.assert_close(fast[2].running_mean, model[2].running_mean)
-    _assert_same(fast.eval(), model.eval(), X.to(device))  # with the statistics that training left
+    assert_same(fast.eval(), model.eval(), X.to(device))  # with the statistics that training left
 
 
 CHANGES: dict[str, Callable[[Any], Any]] = {
@@ -142,7 +142,7 @@ CHANGES: dict[str, Callable[[Any], Any]] = {
     "weight": lambda m: m[1].weight.mul_(2),
     "new data": lambda m: setattr(m[1].weight, "data", m[1].weight * 3),
     "new parameter": lambda m: setattr(m[2], "weight", nn.Parameter(torch.full((6,), 3.0, device=m[2].weight.device))),
-    "new norm": lambda m: setattr(m, "2", _random_norms(nn.BatchNorm2d(6, device=m[2].weight.device)).eval()),
+    "new norm": lambda m: setattr(m, "2", random_norms(nn.BatchNorm2d(6, device=m[2].weight.device)).eval()),
     "no norm": lambda m: setattr(m, "2", nn.Identity()),
     "new activation": lambda m: setattr(m, "3", nn.Tanh()),
     "dilation": lambda m: (setattr(m[1], "dilation", (2, 2)), setattr(m[1], "padding", (2, 2))),
@@ -153,39 +153,39 @@ CHANGES: dict[str, Callable[[Any], Any]] = {
 @each_groups
 @pytest.mark.parametrize("change", CHANGES)
 def test_changes_after_it(change: str, groups: int, backend: str, device: str) -> None:
-    model = _trio(groups=groups).to(device)
+    model = trio(groups=groups).to(device)
     for layout in (torch.contiguous_format, torch.channels_last):
-        ours, fast = copy.deepcopy(model), _folded(model)
+        ours, fast = copy.deepcopy(model), folded(model)
         x = X.to(device, memory_format=layout)
-        _assert_same(fast, ours, x)
+        assert_same(fast, ours, x)
         with torch.no_grad():
             for m in (ours, fast):
                 torch.manual_seed(0)
                 CHANGES[change](m)
-        _assert_same(fast, ours, x)
+        assert_same(fast, ours, x)
 
 
 def test_changes_of_data() -> None:
     """Those through ``.data`` are not counted by torch: where weights are kept, they are noticed with the next mode."""
     for groups in (6, 1):
-        model = _trio(groups=groups)
-        fast = _folded(model)
-        _assert_same(fast, model, X)
+        model = trio(groups=groups)
+        fast = folded(model)
+        assert_same(fast, model, X)
         for m in (model, fast):
             m[1].weight.data.mul_(2)
-        _assert_same(fast if groups == 6 else fast.eval(), model, X)
+        assert_same(fast if groups == 6 else fast.eval(), model, X)
 
 
 @pytest.mark.parametrize("layer", [1, 2, 3])
 def test_hooks(layer: int) -> None:
     """One that is there keeps the norm apart; one that comes later does so again, and sees what it did before."""
-    model = _trio()
+    model = trio()
     hooked = copy.deepcopy(model)
     hooked[layer].register_forward_hook(lambda *args: None)
     (entry,) = convblocks.accelerate(hooked, fold_bn=True).entries
     assert entry.reason == ("it has hooks" if layer == 1 else f"no norm is folded in: {layer} has hooks") or entry.error
     seen: list[Tensor] = []
-    fast = _folded(model)
+    fast = folded(model)
     for m in (model, fast):
         m[layer].register_forward_hook(lambda module, args, y: seen.append(y.clone()))
         with torch.no_grad():
@@ -195,8 +195,8 @@ def test_hooks(layer: int) -> None:
 
 @each_groups
 def test_copies_pickles_and_reverts(groups: int) -> None:
-    model = _trio(groups=groups)
-    fast = _folded(model)
+    model = trio(groups=groups)
+    fast = folded(model)
     with torch.no_grad():
         y = fast(X)
         for twin in (copy.deepcopy(fast), pickle.loads(pickle.dumps(fast))):
@@ -214,8 +214,8 @@ def test_copies_pickles_and_reverts(groups: int) -> None:
 @each_groups
 def test_a_replica_does_its_own(groups: int) -> None:
     """DataParallel's: the same dictionaries, other tensors."""
-    model = _trio(groups=groups)
-    fast = _folded(model)
+    model = trio(groups=groups)
+    fast = folded(model)
     conv = fast[1]
     replica = conv._replicate_for_data_parallel()
     replica._parameters = {"weight": conv.weight * 2, "bias": None}
@@ -225,8 +225,8 @@ def test_a_replica_does_its_own(groups: int) -> None:
 
 @each_groups
 def test_functional_call(groups: int) -> None:
-    model = _trio(groups=groups)
-    fast = _folded(model)
+    model = trio(groups=groups)
+    fast = folded(model)
     other = {k: v * 1.5 for k, v in model.named_parameters()}
     with torch.no_grad():
         fast(X)
@@ -237,8 +237,8 @@ def test_functional_call(groups: int) -> None:
 
 @each_groups
 def test_compile(groups: int) -> None:
-    model = _trio(groups=groups)
-    fast = _folded(model)
+    model = trio(groups=groups)
+    fast = folded(model)
     compiled = torch.compile(fast, fullgraph=True, backend="aot_eager")
     with torch.no_grad():
         torch.testing.assert_close(compiled(X), model(X))
@@ -250,7 +250,7 @@ def _own(activation: str, groups: int) -> nn.Module:
     return convblocks.ConvNormAct(3, 3, groups=groups, activation=activation, negative_slope=0.1)
 
 
-def _counts(report: Any) -> tuple[int, ...]:
+def counted(report: Any) -> tuple[int, ...]:
     folded = [e.operation for e in report.replaced if e.reason.endswith(" folded in") or e.reason == "for inference"]
     return tuple(folded.count(name) for name in ("depthwise_conv2d", "conv2d", "scale_shift_act"))
 
@@ -283,121 +283,13 @@ def _counts(report: Any) -> tuple[int, ...]:
 )
 def test_networks(make: Callable[[], nn.Module], counts: tuple[int, ...]) -> None:
     torch.manual_seed(0)
-    model = _random_norms(make()).eval()
+    model = random_norms(make()).eval()
     fast = copy.deepcopy(model)
-    assert _counts(convblocks.accelerate(fast, fold_bn=True)) == counts
+    assert counted(convblocks.accelerate(fast, fold_bn=True)) == counts
     x = torch.randn(2, 3, 64, 64)
-    _assert_same(fast, model, x, 1e-4)
-    _assert_same(fast, model, x.to(memory_format=torch.channels_last), 1e-4)
+    assert_same(fast, model, x, 1e-4)
+    assert_same(fast, model, x.to(memory_format=torch.channels_last), 1e-4)
     convblocks.revert(fast)
     assert [type(m) for m in fast.modules()] == [type(m) for m in model.modules()]
     with torch.no_grad():
         assert torch.equal(fast(x), model(x))
-
-
-# --- a norm that no convolution takes in ------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize("half", [False, True])
-@pytest.mark.parametrize("affine", [True, False])
-@pytest.mark.parametrize("act", [None, nn.ReLU(inplace=True), nn.Hardswish(), nn.GELU("tanh"), nn.Tanh()])
-def test_a_norm_alone(act: nn.Module | None, affine: bool, half: bool, backend: str, device: str) -> None:
-    model = _random_norms(nn.Sequential(nn.ReLU(), nn.BatchNorm2d(3, affine=True), *([act] if act else []))).eval()
-    if not affine:
-        model[1] = nn.BatchNorm2d(3, affine=False).eval()
-    model = model.to(device)
-    fast = copy.deepcopy(model)
-    assert _counts(convblocks.accelerate(fast, fold_bn=True, strict=True)) == (0, 0, 1)
-    x = X.to(device, torch.bfloat16 if half else torch.float32)
-    with torch.no_grad():
-        y = fast(x)
-        assert y.dtype == x.dtype
-        torch.testing.assert_close(y, model(x))
-        for m in (model, fast):
-            m[1].running_var.mul_(2)
-            m[1].eps = 0.1
-        torch.testing.assert_close(fast(x), model(x))
-        for wrong in (x[0], x[:, :2]):
-            with pytest.raises((ValueError, RuntimeError)) as expected:
-                model(wrong)
-            with pytest.raises(expected.type, match=re.escape(str(expected.value))):
-                fast(wrong)
-    for m in (model, fast):
-        m.train()
-    torch.testing.assert_close(fast(x), model(x))
-    torch.testing.assert_close(fast[1].running_mean, model[1].running_mean)
-
-
-def test_a_norm_is_its_own_where_what_follows_is_not_known() -> None:
-    class Model(nn.Module):
-        def __init__(self) -> None:
-            super().__init__()
-            self.conv, self.bn, self.act = nn.Conv2d(3, 3, 1), nn.BatchNorm2d(3), nn.ReLU()
-
-        def forward(self, x: Tensor) -> Tensor:
-            y = self.conv(x)
-            return self.act(self.bn(y)) + self.bn(y) + y
-
-    model = _random_norms(Model()).eval()
-    fast = copy.deepcopy(model)
-    (entry,) = convblocks.accelerate(fast, fold_bn=True).entries
-    assert (entry.name, entry.operation, entry.reason) == ("bn", "scale_shift_act", "for inference")
-    _assert_same(fast, model, X)
-
-
-# --- what must not be folded ------------------------------------------------------------------------------------------
-
-
-def test_a_convolution_that_is_used_twice() -> None:
-    """As in heads that share their convolutions and not their norms."""
-    shared = nn.Conv2d(3, 3, 1)
-    model = _random_norms(nn.Sequential(shared, nn.BatchNorm2d(3), nn.Sequential(shared, nn.BatchNorm2d(3)))).eval()
-    fast = copy.deepcopy(model)
-    assert _counts(convblocks.accelerate(fast, fold_bn=True)) == (0, 0, 2)
-    _assert_same(fast, model, X)
-
-
-def test_an_activation_that_is_used_twice() -> None:
-    act = nn.ReLU()
-    layers = [nn.Conv2d(3, 3, 1), nn.BatchNorm2d(3), act, nn.BatchNorm2d(3), act]
-    model = _random_norms(nn.Sequential(*layers)).eval()
-    fast = copy.deepcopy(model)
-    assert _counts(convblocks.accelerate(fast, fold_bn=True)) == (0, 1, 1)
-    assert type(fast[2]) is nn.ReLU
-    _assert_same(fast, model, X)
-
-
-def test_a_block_with_a_forward_of_its_own() -> None:
-    model = _random_norms(torchvision.models.resnet18()).eval()
-    block = model.layer1[0]
-    block.forward = lambda x: block.bn1(block.conv1(x) + 1)
-    report = convblocks.accelerate(model, fold_bn=True, include="layer1.0.*")
-    assert {e.name: e.operation for e in report.replaced} == {
-        "layer1.0.bn1": "scale_shift_act",
-        "layer1.0.bn2": "scale_shift_act",
-    }
-
-
-def test_an_activation_in_a_norm_that_is_exchanged() -> None:
-    model = _random_norms(timm.layers.ConvNormAct(3, 4, 3)).eval()
-    fast = copy.deepcopy(model)
-    assert _counts(convblocks.accelerate(fast, fold_bn=True)) == (0, 1, 0)
-    _assert_same(fast, model, X)
-    for m in (model, fast):
-        m.bn.act = nn.Tanh()
-    _assert_same(fast, model, X)
-
-
-def test_modes_of_inference_and_transforms_share_nothing() -> None:
-    model = _trio(groups=1)
-    fast = _folded(model)
-    with torch.inference_mode():
-        torch.testing.assert_close(fast(X), model(X))
-    _assert_same(fast, model, X)
-    stacked = {k: torch.stack((v, v * 2)) for k, v in model.named_parameters()}
-    with torch.no_grad():
-        got, expected = (
-            torch.func.vmap(lambda p, m=m: torch.func.functional_call(m, p, (X,)))(stacked) for m in (fast, model)
-        )
-        torch.testing.assert_close(got, expected, rtol=1e-4, atol=1e-5)
-    _assert_same(fast, model, X)
