@@ -7,6 +7,7 @@ from __future__ import annotations
 import importlib
 import itertools
 import os
+import re
 import shutil
 import subprocess
 from collections.abc import Callable, Iterator, Sequence
@@ -100,10 +101,10 @@ class Case:
 
 
 def _some_cases(info: OpInfo) -> Iterator[Case]:
-    """All of these for one architecture; for each of the others a part."""
+    """All of these for one architecture; for each of the others one."""
     others = [arch for arch in ARCHITECTURES if arch != 90]
     for i, (dtypes, layout, size) in enumerate(itertools.product(DTYPES, LAYOUTS, (ALIGNED, ODD))):
-        for arch in (90, others[i % len(others)]):
+        for arch in (90, *others[i : i + 1]):
             yield Case(arch, info.bench[0], dtypes, layout, size)
 
 
@@ -183,6 +184,14 @@ def _nvcc() -> str | None:
     return shutil.which("nvcc") or shutil.which("nvcc", path=f"{home}/bin")
 
 
+def _asked() -> set[int]:
+    """The architectures that the build was for: all, if it was not told."""
+    if "TORCH_CUDA_ARCH_LIST" not in os.environ:
+        return set(ARCHITECTURES)
+    names: Any = backends.build_record()["cuda_architectures"]
+    return {int(re.sub(r"\D", "", name)) for name in names}
+
+
 @pytest.fixture(scope="module")
 def cuda_objects() -> list[Path]:
     """The CUDA kernels as setup.py built them; where it did not, or they changed since, they are compiled here."""
@@ -191,7 +200,7 @@ def cuda_objects() -> list[Path]:
     built = backends._shared_object("_cuda")
     sources = [*KERNELS, *(ROOT / "csrc").glob("*.h"), *(ROOT / "csrc" / "cuda").glob("*.h")]
     is_new = built.exists() and built.stat().st_mtime > max(s.stat().st_mtime for s in sources)
-    if is_new and {arch for arch, _ in sass.local_bytes(built)} >= set(ARCHITECTURES):
+    if is_new and {arch for arch, _ in sass.local_bytes(built)} >= _asked():
         return [built]
     nvcc = _nvcc()
     if nvcc is None:

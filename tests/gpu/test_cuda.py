@@ -34,7 +34,7 @@ def emulator(request: pytest.FixtureRequest) -> Iterator[Emulator]:
     backends.load_kernels(backends._shared_object(f"_cpu_{backends.cpu_isa}"), "cpu")
 
 
-@pytest.mark.parametrize("emulator", ["asan"] if SANITIZED else ["plain", "memory"], indirect=True)
+@pytest.mark.parametrize("emulator", ["asan" if SANITIZED else "memory"], indirect=True)
 @each_case
 def test_faults_and_accuracy(
     info: OpInfo,
