@@ -7,11 +7,13 @@ exit status is 1 if a network does not agree with the untouched one, and 2 if a 
 from __future__ import annotations
 
 import copy
+import itertools
 import os
 import sys
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 from torch import Tensor, nn
@@ -42,7 +44,9 @@ NETWORKS: dict[str, Callable[[], nn.Module]] = {
     "timm fasternet_t0": lambda: timm.create_model("fasternet_t0"),
 }
 COMPARED, TIMED = (2, 3, 64, 64), 224  # images whose results are compared; side of those that are timed
-SECONDS = 2.0  # for each pair of times
+SECONDS = 2.0  # for each row of times
+MODELS = ("untouched", "accelerated", "folded")
+LAYOUTS = {"NCHW": torch.contiguous_format, "channels_last": torch.channels_last}
 
 Results = dict[str, list[Tensor]]
 
@@ -66,7 +70,7 @@ class Outcome:
     network: str
     report: Report
     comparisons: list[Comparison]
-    times: dict[int, dict[str, Timing]]  # batch, then "untouched" or "accelerated"
+    times: dict[tuple[int, str], dict[str, Timing]]  # batch and layout, then one of MODELS
 
     @property
     def agrees(self) -> bool:
@@ -101,8 +105,8 @@ def _error(results: list[Tensor], exact: list[Tensor]) -> float:
     return float(torch.stack(missed).norm() / torch.stack([b.norm() for b in exact]).norm())
 
 
-def compare(untouched: nn.Module, accelerated: nn.Module, device: torch.device) -> list[Comparison]:
-    """Both networks against the untouched one in float64.
+def compare(untouched: nn.Module, accelerated: nn.Module, folded: nn.Module, device: torch.device) -> list[Comparison]:
+    """The networks against the untouched one in float64.
 
     In float32 the accelerated one may be off by twice what the untouched one is off by, and a little. For gradients
     that little is a percent: a ReLU whose input is rounded across zero has another gradient, in either network. That
@@ -116,6 +120,11 @@ def compare(untouched: nn.Module, accelerated: nn.Module, device: torch.device) 
         for what, little in (("output", 1e-6), ("gradients", 1e-2)):
             errors = _error(before[what], exact[what]), _error(after[what], exact[what])
             comparisons.append(Comparison(f"float32 {what}", *errors, allowed=2 * errors[0] + little))
+        with torch.inference_mode():
+            own = folded.eval()(x.to(memory_format=torch.channels_last))
+        error = _error([own], exact["output"])
+        allowed = 4 * comparisons[0].untouched + 1e-6  # as other factors are rounded
+        comparisons.append(Comparison("float32 output, folded", comparisons[0].untouched, error, allowed))
         exact, after = (_results(m, x.double(), train=True) for m in (untouched, accelerated))
         for what in ("output", "gradients"):
             error = _error(after[what], exact[what])
@@ -124,11 +133,12 @@ def compare(untouched: nn.Module, accelerated: nn.Module, device: torch.device) 
 
 
 def measure(
-    untouched: nn.Module, accelerated: nn.Module, batch: int, device: torch.device, clock: Clock
+    models: Mapping[str, nn.Module], batch: int, layout: str, device: torch.device, clock: Clock
 ) -> dict[str, Timing]:
-    x = torch.randn(batch, 3, TIMED, TIMED, generator=torch.Generator().manual_seed(2)).to(device)
+    x = torch.randn(batch, 3, TIMED, TIMED, generator=torch.Generator().manual_seed(2))
+    x = x.to(device, memory_format=LAYOUTS[layout])
+    calls = {name: partial(model.to(memory_format=LAYOUTS[layout]), x) for name, model in models.items()}
     with torch.inference_mode():
-        calls = {"untouched": lambda: untouched(x), "accelerated": lambda: accelerated(x)}
         return interleave(calls, clock, SECONDS, fewest=4)
 
 
@@ -157,14 +167,16 @@ def _agreement(outcomes: list[Outcome]) -> Table:
 def _speed(outcomes: list[Outcome], where: str) -> Table:
     title = f"Milliseconds for a batch of {TIMED}x{TIMED} images, inference, {where}"
     table = Table("network", "replaced", title=title, box=SIMPLE)
-    for column in ("batch", "before", "after", "speed-up"):
+    for column in ("batch", "layout", "before", "after", "speed-up", "folded", "speed-up"):
         table.add_column(column, justify="right")
     for outcome in outcomes:
         first = outcome.network, _kinds(outcome.report)
-        for batch, times in outcome.times.items():
-            before, after = (times[k].min * 1e3 for k in ("untouched", "accelerated"))
-            ratio = f"{before / after:.2f}" if outcome.agrees else "-"  # no speed-up for what does not agree
-            table.add_row(*first, str(batch), f"{before:.1f}", f"{after:.1f}", ratio)
+        for (batch, layout), times in outcome.times.items():
+            before, *others = (times[k].min * 1e3 for k in MODELS)
+            cells = [f"{before:.1f}"]
+            for after in others:  # no speed-up for what does not agree
+                cells += [f"{after:.1f}", f"{before / after:.2f}" if outcome.agrees else "-"]
+            table.add_row(*first, str(batch), layout, *cells)
             first = "", ""
         table.add_section()
     return table
@@ -182,20 +194,20 @@ def main() -> int:
     outcomes: list[Outcome] = []
     columns = TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn()
     with Progress(*columns, console=console, transient=True) as progress:
-        task = progress.add_task("", total=len(NETWORKS) * (1 + len(batches)))
+        task = progress.add_task("", total=len(NETWORKS) * (1 + len(batches) * len(LAYOUTS)))
         for name, make in NETWORKS.items():
             progress.update(task, description=f"{name}: comparing")
             untouched = build(make).to(device)
-            accelerated = copy.deepcopy(untouched)
+            accelerated, folded = copy.deepcopy(untouched), copy.deepcopy(untouched)
             report = convblocks.accelerate(accelerated)
-            comparisons = compare(untouched, accelerated, device)
+            convblocks.accelerate(folded, fold_bn=True)
+            comparisons = compare(untouched, accelerated, folded, device)
             progress.advance(task)
-            untouched.eval()
-            accelerated.eval()
+            models = dict(zip(MODELS, (m.eval() for m in (untouched, accelerated, folded)), strict=True))
             times = {}
-            for batch in batches:
-                progress.update(task, description=f"{name}: timing batch {batch}")
-                times[batch] = measure(untouched, accelerated, batch, device, clock)
+            for batch, layout in itertools.product(batches, LAYOUTS):
+                progress.update(task, description=f"{name}: timing batch {batch}, {layout}")
+                times[batch, layout] = measure(models, batch, layout, device, clock)
                 progress.advance(task)
             outcomes.append(Outcome(name, report, comparisons, times))
             verdict = "[green]agrees" if outcomes[-1].agrees else "[red]DOES NOT AGREE"
@@ -203,10 +215,11 @@ def main() -> int:
     console.print(_agreement(outcomes))
     console.print(
         "Error of all values together. Allowed in float32: twice that of the untouched network and 1e-6, for gradients "
-        "1e-2 (a ReLU rounded across zero has another gradient in either network); in float64: 1e-6.\n"
+        "1e-2 (a ReLU rounded across zero has another gradient in either network), with batch norms folded four times "
+        "and 1e-6; in float64: 1e-6.\n"
     )
     console.print(_speed(outcomes, where))
-    console.print("Before and after are run in turn; each figure is the least of many.")
+    console.print("After: accelerate(model). Folded: accelerate(model, fold_bn=True). Run in turn; the least of many.")
     load, cores = os.getloadavg()[0], os.cpu_count() or 1
     if load > cores + 1:  # one is this process
         console.print(f"[yellow]The machine is busy (load {load:.1f} on {cores} cores): do not trust these times.")

@@ -36,6 +36,8 @@ def test_agreement(capsys: pytest.CaptureFixture[str]) -> None:
     assert "3 of 3 blocks replaced, agrees" in out
     assert "1 EcaModule -> eca" in out
     assert "NO" not in out
+    for word in ("float32 output, folded", "channels_last", "NCHW"):
+        assert word in out
 
 
 @pytest.mark.parametrize("amount", [1e-4, float("nan")])
@@ -44,8 +46,8 @@ def test_a_slightly_wrong_block_is_reported(
 ) -> None:
     accelerate = convblocks.accelerate
 
-    def wrong(model: Any) -> Report:
-        report = accelerate(model)
+    def wrong(model: Any, **options: Any) -> Report:
+        report = accelerate(model, **options)
         with torch.no_grad():
             model[0][2].fc2.bias.add_(amount)
         return report
@@ -58,7 +60,7 @@ def test_a_slightly_wrong_block_is_reported(
 
 
 def test_nothing_replaced_is_a_failure(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
-    monkeypatch.setattr(convblocks, "accelerate", lambda model: Report("small"))
+    monkeypatch.setattr(convblocks, "accelerate", lambda model, **options: Report("small"))
     assert demo.main() == 1
     assert "0 of 0 blocks replaced" in capsys.readouterr().out
 
