@@ -33,6 +33,7 @@ from convblocks.blocks import (  # noqa: E402
     SpatialAttention,
     SpatialSE,
     SqueezeExcite,
+    VGGBlock,
     convert_state_dict,
 )
 
@@ -59,6 +60,7 @@ __all__ = [
     "SpatialAttention",
     "SpatialSE",
     "SqueezeExcite",
+    "VGGBlock",
     "accelerate",
     "backends",
     "convert_state_dict",

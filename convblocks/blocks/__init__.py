@@ -15,6 +15,7 @@ from convblocks.blocks.scse import SCSE, ChannelSE, SpatialSE
 from convblocks.blocks.shufflenet import ShuffleNetV1Unit, ShuffleNetV2Unit
 from convblocks.blocks.simam import SimAM
 from convblocks.blocks.squeeze_excite import EffectiveSqueezeExcite, SqueezeExcite
+from convblocks.blocks.vgg import VGGBlock
 
 __all__ = [
     "CBAM",
@@ -38,5 +39,6 @@ __all__ = [
     "SpatialAttention",
     "SpatialSE",
     "SqueezeExcite",
+    "VGGBlock",
     "convert_state_dict",
 ]
