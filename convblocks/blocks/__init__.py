@@ -9,6 +9,22 @@ from convblocks.blocks.depthwise_conv2d import DepthwiseConv2d
 from convblocks.blocks.depthwise_separable_conv import DepthwiseSeparableConv
 from convblocks.blocks.eca import ECA
 from convblocks.blocks.fasternet import FasterNetBlock
+from convblocks.blocks.inception import (
+    InceptionBranches,
+    InceptionV1Module,
+    InceptionV3A,
+    InceptionV3B,
+    InceptionV3C,
+    InceptionV3D,
+    InceptionV3E,
+)
+from convblocks.blocks.inception_v4 import (
+    InceptionReductionA,
+    InceptionV4A,
+    InceptionV4B,
+    InceptionV4C,
+    InceptionV4ReductionB,
+)
 from convblocks.blocks.partial_conv import PartialConv
 from convblocks.blocks.resnet import BasicBlock, Bottleneck
 from convblocks.blocks.scse import SCSE, ChannelSE, SpatialSE
@@ -32,6 +48,18 @@ __all__ = [
     "DepthwiseSeparableConv",
     "EffectiveSqueezeExcite",
     "FasterNetBlock",
+    "InceptionBranches",
+    "InceptionReductionA",
+    "InceptionV1Module",
+    "InceptionV3A",
+    "InceptionV3B",
+    "InceptionV3C",
+    "InceptionV3D",
+    "InceptionV3E",
+    "InceptionV4A",
+    "InceptionV4B",
+    "InceptionV4C",
+    "InceptionV4ReductionB",
     "PartialConv",
     "ShuffleNetV1Unit",
     "ShuffleNetV2Unit",
