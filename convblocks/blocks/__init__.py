@@ -18,6 +18,13 @@ from convblocks.blocks.inception import (
     InceptionV3D,
     InceptionV3E,
 )
+from convblocks.blocks.inception_resnet import (
+    InceptionResidual,
+    InceptionResNetA,
+    InceptionResNetB,
+    InceptionResNetC,
+    InceptionResNetReductionB,
+)
 from convblocks.blocks.inception_v4 import (
     InceptionReductionA,
     InceptionV4A,
@@ -50,6 +57,11 @@ __all__ = [
     "FasterNetBlock",
     "InceptionBranches",
     "InceptionReductionA",
+    "InceptionResNetA",
+    "InceptionResNetB",
+    "InceptionResNetC",
+    "InceptionResNetReductionB",
+    "InceptionResidual",
     "InceptionV1Module",
     "InceptionV3A",
     "InceptionV3B",

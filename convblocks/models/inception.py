@@ -81,7 +81,8 @@ class AuxiliaryV3(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         if not isinstance(x, torch.fx.Proxy) and min(x.shape[2:]) < 17:
-            raise ValueError("InceptionV3: expected images of at least 299 x 299 pixels in training with aux_logits")
+            wanted, got = "a map of 17 x 17 pixels, so an image of 299 x 299", f"{x.shape[2]} x {x.shape[3]}"
+            raise ValueError(f"InceptionV3: aux_logits in training: expected at least {wanted}, got a map of {got}")
         y = self.conv1(self.conv0(F.avg_pool2d(x, 5, 3)))
         classes: Tensor = self.fc(torch.flatten(F.adaptive_avg_pool2d(y, 1), 1))
         return classes
