@@ -51,6 +51,7 @@ from convblocks.blocks import (  # noqa: E402
     SpatialSE,
     SqueezeExcite,
     VGGBlock,
+    XceptionBlock,
     convert_state_dict,
 )
 
@@ -95,6 +96,7 @@ __all__ = [
     "SpatialSE",
     "SqueezeExcite",
     "VGGBlock",
+    "XceptionBlock",
     "accelerate",
     "backends",
     "convert_state_dict",

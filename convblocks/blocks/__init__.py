@@ -39,6 +39,7 @@ from convblocks.blocks.shufflenet import ShuffleNetV1Unit, ShuffleNetV2Unit
 from convblocks.blocks.simam import SimAM
 from convblocks.blocks.squeeze_excite import EffectiveSqueezeExcite, SqueezeExcite
 from convblocks.blocks.vgg import VGGBlock
+from convblocks.blocks.xception import XceptionBlock
 
 __all__ = [
     "CBAM",
@@ -80,5 +81,6 @@ __all__ = [
     "SpatialSE",
     "SqueezeExcite",
     "VGGBlock",
+    "XceptionBlock",
     "convert_state_dict",
 ]

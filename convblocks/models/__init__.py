@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
-from convblocks.models import inception, inception_resnet, resnet, vgg  # noqa: F401
+from convblocks.models import inception, inception_resnet, resnet, vgg, xception  # noqa: F401
 from convblocks.models.network import Network
 from convblocks.models.registry import ENTRIES, function, unknown
 
@@ -49,6 +49,10 @@ def __getattr__(name: str) -> Callable[..., Network]:
     globals()[name] = function(ENTRIES[name])  # the same function the next time, so that it can be pickled
     made: Callable[..., Network] = globals()[name]
     return made
+
+
+for _name in ENTRIES.keys() & globals().keys():  # a network that is called as the file that it is in
+    globals()[_name] = function(ENTRIES[_name])
 
 
 def __dir__() -> list[str]:
