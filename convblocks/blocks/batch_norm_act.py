@@ -78,7 +78,8 @@ class BatchNormAct2d(nn.BatchNorm2d):
     def forward(self, x: Tensor, residual: Tensor | None = None) -> Tensor:
         name = self.activation_name
         slope = self.negative_slope if name == "leaky_relu" else 0.01
-        if self.training or self.running_mean is None:
+        mixed = residual is not None and not isinstance(x, torch.fx.Proxy) and residual.dtype != x.dtype  # by autocast
+        if self.training or self.running_mean is None or mixed:
             y = super().forward(x)
             y = y if residual is None else y + residual
         else:

@@ -90,8 +90,9 @@ class InceptionResidual(InceptionBranches):
 class InceptionResNetA(InceptionResidual):
     """Inception-ResNet's block of 35 x 35 maps, "block35", of 3x3 convolutions.
 
-    Formula, arguments and source: see ``InceptionResidual``. The widths of v1 are [32], [32, 32], [32, 32, 32], those
-    of v2 [32], [32, 32], [32, 48, 64]; the scale is 0.17.
+    Formula, arguments and source (arXiv 1602.07261): see ``InceptionResidual``.
+
+    The widths of v1 are [32], [32, 32], [32, 32, 32], those of v2 [32], [32, 32], [32, 48, 64]; the scale is 0.17.
 
     Example:
         >>> block = convblocks.InceptionResNetA(320, [[32], [32, 32], [32, 48, 64]], scale=0.17, attention="eca")
@@ -102,8 +103,9 @@ class InceptionResNetA(InceptionResidual):
 class InceptionResNetB(InceptionResidual):
     """Inception-ResNet's block of 17 x 17 maps, "block17", of 1x7 and 7x1 convolutions.
 
-    Formula, arguments and source: see ``InceptionResidual``. The widths of v1 are [128], [128, 128, 128], those of v2
-    [192], [128, 160, 192]; the scale is 0.1.
+    Formula, arguments and source (arXiv 1602.07261): see ``InceptionResidual``.
+
+    The widths of v1 are [128], [128, 128, 128], those of v2 [192], [128, 160, 192]; the scale is 0.1.
 
     Example:
         >>> block = convblocks.InceptionResNetB(1088, [[192], [128, 160, 192]], scale=0.1)
@@ -116,8 +118,10 @@ class InceptionResNetB(InceptionResidual):
 class InceptionResNetC(InceptionResidual):
     """Inception-ResNet's block of 8 x 8 maps, "block8", of 1x3 and 3x1 convolutions.
 
-    Formula, arguments and source: see ``InceptionResidual``. The widths of v1 are [192], [192, 192, 192], those of v2
-    [192], [192, 224, 256]; the scale is 0.2, and 1 in the last, which has no activation.
+    Formula, arguments and source (arXiv 1602.07261): see ``InceptionResidual``.
+
+    The widths of v1 are [192], [192, 192, 192], those of v2 [192], [192, 224, 256]; the scale is 0.2, and 1 in the
+    last, which has no activation.
 
     Example:
         >>> block = convblocks.InceptionResNetC(2080, [[192], [192, 224, 256]], scale=0.2)

@@ -1,7 +1,6 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from itertools import pairwise
 from typing import Any, ClassVar, NamedTuple
 
 import torch
@@ -18,13 +17,6 @@ from convblocks.blocks.inception import (
     InceptionV3D,
     InceptionV3E,
     inception_conv,
-)
-from convblocks.blocks.inception_v4 import (
-    InceptionReductionA,
-    InceptionV4A,
-    InceptionV4B,
-    InceptionV4C,
-    InceptionV4ReductionB,
 )
 from convblocks.models.network import Network, classifier
 from convblocks.models.registry import register
@@ -127,6 +119,14 @@ class Inception(Network):
                 made = self.auxiliary(getattr(self, layer).out_channels, self.num_classes, self.options["norm_eps"])
             setattr(self, attribute, made)
 
+    def initialise_normal(self, deviation: float) -> None:
+        """All but attention, whose gates so large a deviation could close."""
+        modules = [m.se for m in self.modules() if isinstance(m, InceptionBranches)]
+        attention = {layer for se in modules if se is not None for layer in se.modules()}
+        for layer in self.modules():
+            if isinstance(layer, nn.Conv2d | nn.Linear) and layer not in attention:
+                nn.init.trunc_normal_(layer.weight, std=deviation)
+
     def forward_head(self, x: Tensor) -> Tensor:
         y: Tensor = getattr(self, self.head[0])(self.drop(torch.flatten(F.adaptive_avg_pool2d(x, 1), 1)))
         return y
@@ -215,9 +215,7 @@ class InceptionV1(Inception):
 
     def initialise(self) -> None:
         """As torchvision: a deviation of 0.01."""
-        for layer in self.modules():
-            if isinstance(layer, nn.Conv2d | nn.Linear):
-                nn.init.trunc_normal_(layer.weight, std=0.01)
+        self.initialise_normal(0.01)
 
 
 # By name, the channels of the branches.
@@ -304,9 +302,7 @@ class InceptionV3(Inception):
 
     def initialise(self) -> None:
         """As torchvision: a deviation of 0.1, and smaller ones where the auxiliary classifier ends."""
-        for layer in self.modules():
-            if isinstance(layer, nn.Conv2d | nn.Linear):
-                nn.init.trunc_normal_(layer.weight, std=0.1)
+        self.initialise_normal(0.1)
         auxiliary = getattr(self, "AuxLogits", None)
         if auxiliary is not None:
             nn.init.trunc_normal_(auxiliary.conv1.conv.weight, std=0.01)
@@ -329,70 +325,5 @@ _V3_MODULES: dict[str, tuple[Any, ...]] = {
 }
 
 
-class InceptionV4(Inception):
-    """Inception v4: a stem that concatenates, too, and more modules than v3.
-
-    Szegedy et al., "Inception-v4, Inception-ResNet and the Impact of Residual Connections on Learning",
-    arXiv 1602.07261. The keys of the state dict are those of timm.
-
-    Args:
-        num_classes: 0: the pooled features.
-        in_channels: of the images.
-        attention: after the concatenation of each module but the stem's: a name ("se", "eca", "cbam", "simam", ...),
-            what makes a module for C channels, or None.
-        drop_rate: of the dropout before the classifier.
-        norm_eps: of the norms.
-
-    Raises:
-        ValueError: numbers out of range, an unknown attention.
-
-    Example:
-        >>> model = convblocks.models.inception_v4(num_classes=10, attention="simam")
-        >>> y = model(torch.randn(2, 3, 96, 96))
-    """
-
-    least_size = 75
-    head = ("last_linear",)
-
-    def __init__(
-        self,
-        num_classes: int = 1000,
-        in_channels: int = 3,
-        *,
-        attention: Attention = None,
-        drop_rate: float = 0.2,
-        norm_eps: float = 1e-3,
-    ) -> None:
-        super().__init__(num_classes, in_channels, attention, drop_rate, norm_eps)
-        factorised = [(64, 1), (64, (1, 7)), (64, (7, 1)), (96, 3, 1, 0)]
-        own = self.options
-        self.features = nn.Sequential(
-            inception_conv(in_channels, 32, 3, 2, eps=norm_eps),
-            inception_conv(32, 32, 3, padding=0, eps=norm_eps),
-            inception_conv(32, 64, 3, eps=norm_eps),
-            InceptionBranches(64, {"maxpool": nn.MaxPool2d(3, 2)}, {"conv": (96, 3, 2)}, norm_eps=norm_eps),
-            InceptionBranches(160, {"branch0": [(64, 1), (96, 3, 1, 0)]}, {"branch1": factorised}, norm_eps=norm_eps),
-            InceptionBranches(192, {"conv": (192, 3, 2)}, {"maxpool": nn.MaxPool2d(3, 2)}, norm_eps=norm_eps),
-            *[InceptionV4A(384, **own) for _ in range(4)],
-            InceptionReductionA(384, (192, 224, 256, 384), **own),
-            *[InceptionV4B(1024, **own) for _ in range(7)],
-            InceptionV4ReductionB(1024, **own),
-            *[InceptionV4C(1536, **own) for _ in range(3)],
-        )
-        self.last_linear = classifier(1536, num_classes)
-        self.initialise()
-
-    def stages(self) -> list[list[Any]]:
-        layers, ends = list(self.features), (0, 3, 4, 10, 18, 22)
-        return [layers[start:end] for start, end in pairwise(ends)]
-
-    def initialise(self) -> None:
-        """As the authors' TF-slim: He et al. (arXiv 1502.01852) by the fan in."""
-        for layer in self.modules():
-            if isinstance(layer, nn.Conv2d):
-                nn.init.kaiming_normal_(layer.weight, mode="fan_in", nonlinearity="relu")
-
-
 register(InceptionV1, {"inception_v1": {}})
 register(InceptionV3, {"inception_v3": {}}, image_size=299)
-register(InceptionV4, {"inception_v4": {}}, image_size=299)

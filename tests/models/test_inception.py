@@ -159,6 +159,14 @@ def test_auxiliary_classifiers_go_with_the_classes() -> None:
     assert [m.shape[1] for m in model(torch.randn(2, 3, 64, 64))] == [64, 192, 480, 832, 1024]
 
 
+def test_initialisation() -> None:
+    torch.manual_seed(0)
+    model = create("inception_v3", aux_logits=True, attention="se")
+    assert float(model.Mixed_6b.branch7x7_1.conv.weight.detach().std()) == pytest.approx(0.1, rel=0.05)
+    assert float(model.AuxLogits.fc.weight.detach().std()) == pytest.approx(0.001, rel=0.05)
+    assert float(model.Mixed_7c.se.fc1.weight.detach().std()) < 0.02  # as it comes
+
+
 def test_norm_eps() -> None:
     for name in ("inception_v1", "inception_v3"):
         with torch.device("meta"):

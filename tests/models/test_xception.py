@@ -87,6 +87,18 @@ def test_block_is_timms(numbers: tuple[int, ...], options: dict[str, Any], train
     torch.testing.assert_close(*results)
 
 
+@pytest.mark.parametrize("block", [convblocks.XceptionBlock, convblocks.BasicBlock])
+def test_half_precision(block: type[nn.Module]) -> None:
+    """Autocast makes the branch's dtype another than the input's."""
+    torch.manual_seed(0)
+    made, x = block(6, 6).eval(), torch.randn(2, 6, 9, 8)
+    with torch.no_grad():
+        expected = made(x)
+        with torch.autocast("cpu", torch.bfloat16):
+            torch.testing.assert_close(made(x).float(), expected, rtol=0.05, atol=0.05)
+        torch.testing.assert_close(made.bfloat16()(x.bfloat16()).float(), expected, rtol=0.05, atol=0.05)
+
+
 def test_drop_path() -> None:
     with torch.device("meta"):
         model = create("xception", drop_path_rate=0.11)
