@@ -10,6 +10,29 @@ from convblocks.blocks.depthwise_conv2d import DepthwiseConv2d
 from convblocks.blocks.depthwise_separable_conv import DepthwiseSeparableConv
 from convblocks.blocks.eca import ECA
 from convblocks.blocks.fasternet import FasterNetBlock
+from convblocks.blocks.inception import (
+    InceptionBranches,
+    InceptionV1Module,
+    InceptionV3A,
+    InceptionV3B,
+    InceptionV3C,
+    InceptionV3D,
+    InceptionV3E,
+)
+from convblocks.blocks.inception_resnet import (
+    InceptionResidual,
+    InceptionResNetA,
+    InceptionResNetB,
+    InceptionResNetC,
+    InceptionResNetReductionB,
+)
+from convblocks.blocks.inception_v4 import (
+    InceptionReductionA,
+    InceptionV4A,
+    InceptionV4B,
+    InceptionV4C,
+    InceptionV4ReductionB,
+)
 from convblocks.blocks.partial_conv import PartialConv
 from convblocks.blocks.resnet import BasicBlock, Bottleneck
 from convblocks.blocks.scse import SCSE, ChannelSE, SpatialSE
@@ -17,6 +40,8 @@ from convblocks.blocks.shufflenet import ShuffleNetV1Unit, ShuffleNetV2Unit
 from convblocks.blocks.simam import SimAM
 from convblocks.blocks.squeeze_excite import EffectiveSqueezeExcite, SqueezeExcite
 from convblocks.blocks.unet import DoubleConv, UNetDown, UNetUp
+from convblocks.blocks.vgg import VGGBlock
+from convblocks.blocks.xception import XceptionBlock
 
 __all__ = [
     "ASPP",
@@ -35,6 +60,23 @@ __all__ = [
     "DoubleConv",
     "EffectiveSqueezeExcite",
     "FasterNetBlock",
+    "InceptionBranches",
+    "InceptionReductionA",
+    "InceptionResNetA",
+    "InceptionResNetB",
+    "InceptionResNetC",
+    "InceptionResNetReductionB",
+    "InceptionResidual",
+    "InceptionV1Module",
+    "InceptionV3A",
+    "InceptionV3B",
+    "InceptionV3C",
+    "InceptionV3D",
+    "InceptionV3E",
+    "InceptionV4A",
+    "InceptionV4B",
+    "InceptionV4C",
+    "InceptionV4ReductionB",
     "PartialConv",
     "ShuffleNetV1Unit",
     "ShuffleNetV2Unit",
@@ -44,5 +86,7 @@ __all__ = [
     "SqueezeExcite",
     "UNetDown",
     "UNetUp",
+    "VGGBlock",
+    "XceptionBlock",
     "convert_state_dict",
 ]

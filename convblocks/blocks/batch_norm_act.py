@@ -83,7 +83,8 @@ class BatchNormAct2d(nn.BatchNorm2d):
         return None if other else self.activation_name
 
     def forward(self, x: Tensor, residual: Tensor | None = None) -> Tensor:
-        if self.training or self.running_mean is None or backends.selected == "reference":
+        mixed = residual is not None and not isinstance(x, torch.fx.Proxy) and residual.dtype != x.dtype  # by autocast
+        if self.training or self.running_mean is None or mixed or backends.selected == "reference":
             return self.end(super().forward(x), residual)
         self._check_input_dim(x)
         scale, shift = scale_shift(self)

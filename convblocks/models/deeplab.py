@@ -46,7 +46,7 @@ class DeepLabV3(SegmentationNetwork):
         >>> y = model(torch.randn(1, 3, 65, 65))
     """
 
-    head = ("classifier", "aux_classifier")
+    head_layers = ("classifier", "aux_classifier")
     native = "torchvision"
 
     def __init__(
@@ -77,8 +77,8 @@ class DeepLabV3(SegmentationNetwork):
         inner = channels[-2] // 4
         self.aux_classifier = nn.Sequential(*_head(channels[-2], inner, num_classes, drop_rate=0.1)) if aux else None
 
-    def stages(self) -> list[list[Any]]:
-        return self.backbone.stages()
+    def trunk(self) -> list[list[Any]]:
+        return self.backbone.trunk()
 
     def decode(self, maps: list[Tensor], height: int, width: int) -> Any:
         def enlarged(y: Tensor) -> Tensor:

@@ -14,19 +14,19 @@ from convblocks.blocks.convert import Layout
 class Network(nn.Module):
     """Base of the networks.
 
-    A subclass gives ``stages`` and ``forward_head``, and calls ``initialise`` at the end of its constructor.
+    A subclass gives ``trunk`` and ``forward_head``, and calls ``initialise`` at the end of its constructor.
 
     Attributes:
         name: what the messages call it.
         in_channels: of the images.
         least_size: the height and width, in pixels, below which its layers have nothing to work on.
-        head: its layers that make classes of the last map: what ``features_only`` does without.
+        head_layers: its layers that make classes of the last map: what ``features_only`` does without.
         native: whose keys the state dict has.
         layouts: key layouts of others from which ``convert_state_dict`` reads a state dict of it.
     """
 
     least_size: int = 1
-    head: ClassVar[tuple[str, ...]] = ()
+    head_layers: ClassVar[tuple[str, ...]] = ()
     native: ClassVar[str] = "convblocks"
     layouts: ClassVar[tuple[Layout, ...]] = ()
 
@@ -39,7 +39,7 @@ class Network(nn.Module):
         self.num_classes = num_classes
         self.features_only = False
 
-    def stages(self) -> list[list[Any]]:
+    def trunk(self) -> list[list[Any]]:
         """Layers that are applied in turn; each list ends in a map of its own resolution or purpose."""
         raise NotImplementedError
 
@@ -49,7 +49,7 @@ class Network(nn.Module):
 
     def without_head(self) -> Network:
         """Makes it return the map at the end of each stage, a list; its head is deleted."""
-        for layer in self.head:
+        for layer in self.head_layers:
             delattr(self, layer)
         self.features_only = True
         return self
@@ -57,7 +57,7 @@ class Network(nn.Module):
     def forward_features(self, x: Tensor) -> Tensor:
         """The last map."""
         self.check(x)
-        for stage in self.stages():
+        for stage in self.trunk():
             for layer in stage:
                 x = layer(x)
         return x
@@ -66,7 +66,7 @@ class Network(nn.Module):
         """The map at the end of each stage."""
         self.check(x)
         maps = []
-        for stage in self.stages():
+        for stage in self.trunk():
             for layer in stage:
                 x = layer(x)
             maps.append(x)
@@ -80,15 +80,16 @@ class Network(nn.Module):
     def feature_info(self) -> list[tuple[int, int]]:
         """Of the map at the end of each stage: channels, and how many of the image's pixels one stands for each way.
 
-        From a run without numbers.
+        From runs without numbers: how much each map grows with the image.
         """
         size = 32 * -(-max(256, 2 * self.least_size) // 32)
-        tensors = {k: torch.empty_like(t, device="meta") for k, t in self.state_dict(keep_vars=True).items()}
-        maps = _Maps(self)
+        tensors = {f"network.{k}": t.to("meta") for k, t in self.state_dict(keep_vars=True).items()}
+        maps, found = _Maps(self), []
         with torch.no_grad():
-            image = torch.empty(2, self.in_channels, size, size, device="meta")
-            found = torch.func.functional_call(maps, {f"network.{k}": t for k, t in tensors.items()}, image)
-        return [(m.shape[1], round(size / m.shape[2])) for m in found]
+            for pixels in (size, 2 * size):
+                image = torch.empty(2, self.in_channels, pixels, pixels, device="meta")
+                found.append(torch.func.functional_call(maps, tensors, image))
+        return [(a.shape[1], round(size / (b.shape[2] - a.shape[2]))) for a, b in zip(*found, strict=True)]
 
     def check(self, x: Tensor) -> None:
         if isinstance(x, torch.fx.Proxy) or isinstance(x.shape[0], Tensor):  # traced: sizes are not known

@@ -59,7 +59,7 @@ class ResNet(Network):
         >>> y = model(torch.randn(2, 3, 64, 64))
     """
 
-    head = ("fc",)
+    head_layers = ("fc",)
     chains = (("conv1", "bn1"),)
     native = "torchvision"
     layouts = (
@@ -142,7 +142,7 @@ class ResNet(Network):
         conv = ConvNormAct(channels, out, 1, activation="none")
         return nn.Sequential(pool, *conv)
 
-    def stages(self) -> list[list[Any]]:
+    def trunk(self) -> list[list[Any]]:
         s = self
         return [[s.conv1, s.bn1], [s.maxpool, s.layer1], [s.layer2], [s.layer3], [s.layer4]]
 

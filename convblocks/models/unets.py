@@ -50,7 +50,7 @@ class UNet(SegmentationNetwork):
         >>> y = model(torch.randn(1, 3, 64, 48))
     """
 
-    head = ("outc",)
+    head_layers = ("outc",)
     native = "official"
     layouts = (Layout("official", (_without_masks,)),)
 
@@ -124,7 +124,7 @@ class UNet(SegmentationNetwork):
                 words = f"a height and width that stay even when halved, such as {following}"
                 raise ValueError(f"{self.name}: expected {words}, got {size}")
 
-    def stages(self) -> list[list[Any]]:
+    def trunk(self) -> list[list[Any]]:
         last = [getattr(self, f"down{self.depth}"), self.drop]
         return [[self.inc], *([getattr(self, f"down{i}")] for i in range(1, self.depth)), last]
 
@@ -181,7 +181,7 @@ class EncoderUNet(SegmentationNetwork):
         >>> y = model(torch.randn(1, 3, 64, 96))
     """
 
-    head = ("decoder", "segmentation_head")
+    head_layers = ("decoder", "segmentation_head")
     native = "convblocks"
     layouts = (Layout("segmentation_models_pytorch", (rename(r"(.*\.attention[12])\.attention\.(.+)", r"\1.\2"),)),)
 
@@ -215,8 +215,8 @@ class EncoderUNet(SegmentationNetwork):
             nn.Conv2d(c, num_classes, 3, padding=1) if num_classes else nn.Identity()
         )
 
-    def stages(self) -> list[list[Any]]:
-        return self.encoder.stages()
+    def trunk(self) -> list[list[Any]]:
+        return self.encoder.trunk()
 
     def decode(self, maps: list[Tensor], height: int, width: int) -> Tensor:
         y = maps[-1]

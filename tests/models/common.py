@@ -6,6 +6,7 @@ from collections.abc import Callable
 
 import torch
 from torch import Tensor, nn
+from torch.utils.flop_counter import FlopCounterMode
 
 import convblocks
 from convblocks.models import Network, create
@@ -29,6 +30,13 @@ def parameters(name: str, **options: object) -> int:
     """How many the network of this name has."""
     with torch.device("meta"):
         return sum(p.numel() for p in create(name, **options).parameters())
+
+
+def macs(name: str, size: int = 224) -> float:
+    """Multiply-accumulates for one image, in thousands of millions."""
+    with torch.device("meta"), convblocks.use_backend("reference"), FlopCounterMode(display=False) as counter:
+        create(name).eval()(torch.empty(1, 3, size, size))
+    return float(counter.get_total_flops()) / 2e9
 
 
 def assert_same(

@@ -38,17 +38,20 @@ def test_features(name: str) -> None:
     """The maps at the ends of the stages; the last is what the head gets."""
     model, whole = create(name, features_only=True).eval(), create(name).eval()
     model.load_state_dict(whole.state_dict(), strict=False)
-    assert not [key for key in model.state_dict() if key.split(".")[0] in whole.head]
+    assert not [key for key in model.state_dict() if key.split(".")[0] in whole.head_layers]
     x = torch.randn(1, 3, max(64, whole.least_size), max(64, whole.least_size))
     with torch.inference_mode():
         maps = model(x)
-        assert len(maps) == len(whole.stages())
+        assert len(maps) == len(whole.trunk())
         torch.testing.assert_close(maps[-1], whole.forward_features(x))
         classes = (
             whole.decode(maps, *x.shape[2:]) if isinstance(whole, SegmentationNetwork) else whole.forward_head(maps[-1])
         )
         torch.testing.assert_close(classes, whole(x))
-    assert whole.feature_info() == [(m.shape[1], round(x.shape[2] / m.shape[2])) for m in maps]
+    channels, reductions = zip(*whole.feature_info(), strict=True)
+    assert list(channels) == [m.shape[1] for m in maps]
+    assert [r.bit_count() for r in reductions] == [1] * len(maps)
+    assert sorted(reductions) == list(reductions)
 
 
 @pytest.mark.parametrize("name", FIRST)

@@ -36,7 +36,7 @@ def test_traffic_of_known_layers() -> None:
     """The first layers of a ResNet, by hand."""
     image, half, quarter = 3 * 64 * 64, 64 * 32 * 32, 64 * 16 * 16
     stem = meta("resnet18", features_only=True)
-    stem.stages = lambda: [[stem.conv1, stem.bn1], [stem.maxpool]]
+    stem.trunk = lambda: [[stem.conv1, stem.bn1], [stem.maxpool]]
     moved = traffic(stem, 64)
     eager, ours = moved["eager"], moved["ours"]
     weights = 64 * 3 * 49
