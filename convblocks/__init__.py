@@ -22,6 +22,8 @@ from convblocks.blocks import (  # noqa: E402
     ChannelSE,
     ChannelShuffle,
     ConvNormAct,
+    DenseBlock,
+    DenseLayer,
     DepthwiseConv2d,
     DepthwiseSeparableConv,
     EffectiveSqueezeExcite,
@@ -33,6 +35,7 @@ from convblocks.blocks import (  # noqa: E402
     SpatialAttention,
     SpatialSE,
     SqueezeExcite,
+    Transition,
     convert_state_dict,
 )
 
@@ -48,6 +51,8 @@ __all__ = [
     "ChannelSE",
     "ChannelShuffle",
     "ConvNormAct",
+    "DenseBlock",
+    "DenseLayer",
     "DepthwiseConv2d",
     "DepthwiseSeparableConv",
     "EffectiveSqueezeExcite",
@@ -59,6 +64,7 @@ __all__ = [
     "SpatialAttention",
     "SpatialSE",
     "SqueezeExcite",
+    "Transition",
     "accelerate",
     "backends",
     "convert_state_dict",
