@@ -11,6 +11,7 @@ from convblocks.blocks.depthwise_separable_conv import DepthwiseSeparableConv
 from convblocks.blocks.eca import ECA
 from convblocks.blocks.fasternet import FasterNetBlock
 from convblocks.blocks.partial_conv import PartialConv
+from convblocks.blocks.res2net import Res2NetBottleneck
 from convblocks.blocks.resnet import BasicBlock, Bottleneck
 from convblocks.blocks.scse import SCSE, ChannelSE, SpatialSE
 from convblocks.blocks.shufflenet import ShuffleNetV1Unit, ShuffleNetV2Unit
@@ -35,6 +36,7 @@ __all__ = [
     "EffectiveSqueezeExcite",
     "FasterNetBlock",
     "PartialConv",
+    "Res2NetBottleneck",
     "ShuffleNetV1Unit",
     "ShuffleNetV2Unit",
     "SimAM",
