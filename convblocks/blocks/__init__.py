@@ -5,6 +5,7 @@ from convblocks.blocks.cbam import CBAM, ChannelAttention, SpatialAttention
 from convblocks.blocks.channel_shuffle import ChannelShuffle
 from convblocks.blocks.conv_norm_act import ConvNormAct
 from convblocks.blocks.convert import convert_state_dict
+from convblocks.blocks.darknet import DarknetResidual
 from convblocks.blocks.densenet import DenseBlock, DenseLayer, Transition
 from convblocks.blocks.depthwise_conv2d import DepthwiseConv2d
 from convblocks.blocks.depthwise_separable_conv import DepthwiseSeparableConv
@@ -29,6 +30,7 @@ __all__ = [
     "ChannelSE",
     "ChannelShuffle",
     "ConvNormAct",
+    "DarknetResidual",
     "DenseBlock",
     "DenseLayer",
     "DepthwiseConv2d",

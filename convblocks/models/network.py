@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any, ClassVar
 
 import torch
@@ -9,6 +10,15 @@ from torch import Tensor, nn
 
 from convblocks.blocks.arguments import positive
 from convblocks.blocks.convert import Layout
+
+
+class Stages(nn.Sequential):
+    """The stages of a network whose keys call them that: layers, and what ``Network.stages`` gives."""
+
+    def forward(self, *x: Tensor) -> Any:
+        for layer in self if x else ():
+            x = (layer(*x),)
+        return x[0] if x else [[stage] for stage in self]
 
 
 class Network(nn.Module):
@@ -20,12 +30,16 @@ class Network(nn.Module):
         name: what the messages call it.
         in_channels: of the images.
         least_size: the height and width, in pixels, below which its layers have nothing to work on.
-        head: its layers that make classes of the last map: what ``features_only`` does without.
+        stages: gives layers that are applied in turn; each list ends in a map of its own resolution or purpose. A
+            method, or ``Stages``.
+        head: names of its layers that make classes of the last map: what ``features_only`` does without. Or, where its
+            keys begin with that word, the one layer.
         layouts: key layouts of others from which ``convert_state_dict`` reads a state dict of it.
     """
 
     least_size: int = 1
-    head: ClassVar[tuple[str, ...]] = ()
+    stages: Callable[..., list[list[Any]]]
+    head: tuple[str, ...] | nn.ModuleDict
     layouts: ClassVar[tuple[Layout, ...]] = ()
 
     def __init__(self, num_classes: int, in_channels: int) -> None:
@@ -37,9 +51,9 @@ class Network(nn.Module):
         self.num_classes = num_classes
         self.features_only = False
 
-    def stages(self) -> list[list[Any]]:
-        """Layers that are applied in turn; each list ends in a map of its own resolution or purpose."""
-        raise NotImplementedError
+    def sequence(self) -> list[list[Any]]:
+        """The stages, the first with the stem."""
+        return self.stages()
 
     def forward_head(self, x: Tensor) -> Tensor:
         """From the last map to the classes."""
@@ -47,7 +61,7 @@ class Network(nn.Module):
 
     def without_head(self) -> Network:
         """Makes it return the map at the end of each stage, a list; its head is deleted."""
-        for layer in self.head:
+        for layer in ("head",) if isinstance(self.head, nn.Module) else self.head:
             delattr(self, layer)
         self.features_only = True
         return self
@@ -55,7 +69,7 @@ class Network(nn.Module):
     def forward_features(self, x: Tensor) -> Tensor:
         """The last map."""
         self.check(x)
-        for stage in self.stages():
+        for stage in self.sequence():
             for layer in stage:
                 x = layer(x)
         return x
@@ -64,7 +78,7 @@ class Network(nn.Module):
         """The map at the end of each stage."""
         self.check(x)
         maps = []
-        for stage in self.stages():
+        for stage in self.sequence():
             for layer in stage:
                 x = layer(x)
             maps.append(x)
