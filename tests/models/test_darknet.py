@@ -20,19 +20,36 @@ def test_parameters() -> None:
     assert parameters("darknet53") == 41_609_928
 
 
-def test_is_timms() -> None:
-    """But for the slope, which theirs has smaller."""
-    theirs = randomised(lambda: timm.create_model("darknet53", num_classes=10))
-    assert_same(create("darknet53", negative_slope=0.01, num_classes=10), theirs, "timm", torch.randn(2, 3, 32, 32))
-
-
-def test_slope_is_the_authors() -> None:
-    theirs = randomised(lambda: timm.create_model("darknet21", num_classes=10))
-    for m in theirs.modules():
+def _with_slope(model: nn.Module, slope: float) -> nn.Module:
+    for m in model.modules():
         if isinstance(m, nn.LeakyReLU):
-            m.negative_slope = 0.1
-    ours = create("darknet53", layers=(1, 1, 1, 2, 2), num_classes=10)
+            m.negative_slope = slope
+    return model
+
+
+@pytest.mark.parametrize("slope", [0.01, 0.1])
+def test_is_timms(slope: float) -> None:
+    """But for the slope, which theirs has smaller. One with fewer blocks has all gradients compared."""
+    theirs = randomised(lambda: _with_slope(timm.create_model("darknet21", num_classes=10), slope))
+    ours = create("darknet53", layers=(1, 1, 1, 2, 2), negative_slope=slope, num_classes=10)
     assert_same(ours, theirs, "timm", torch.randn(2, 3, 32, 32))
+
+
+def test_of_full_depth_is_timms() -> None:
+    with torch.device("meta"):
+        ours, theirs = create("darknet53", negative_slope=0.01), timm.create_model("darknet53")
+    ours, theirs = ours.to_empty(device="cpu").eval(), theirs.to_empty(device="cpu").eval()
+    for name, t in theirs.state_dict().items():
+        if t.dim() > 1:
+            t.normal_(0.0, t[0].numel() ** -0.5)
+        elif t.is_floating_point():
+            t.uniform_(0.5 if "weight" in name or "var" in name else -0.5, 1.5)
+    ours.load_state_dict(convblocks.convert_state_dict(theirs.state_dict(), "timm", ours), strict=True)
+    x = torch.randn(1, 3, 64, 64)
+    with torch.inference_mode():
+        expected = theirs(x)
+        assert expected.std() > 1e-3
+        torch.testing.assert_close(ours(x), expected, rtol=1e-4, atol=1e-5 * float(expected.abs().max()))
 
 
 def test_attention_is_timms() -> None:
