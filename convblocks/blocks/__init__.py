@@ -6,6 +6,8 @@ from convblocks.blocks.cbam import CBAM, ChannelAttention, SpatialAttention
 from convblocks.blocks.channel_shuffle import ChannelShuffle
 from convblocks.blocks.conv_norm_act import ConvNormAct
 from convblocks.blocks.convert import convert_state_dict
+from convblocks.blocks.darknet import DarknetResidual
+from convblocks.blocks.densenet import DenseBlock, DenseLayer, Transition
 from convblocks.blocks.depthwise_conv2d import DepthwiseConv2d
 from convblocks.blocks.depthwise_separable_conv import DepthwiseSeparableConv
 from convblocks.blocks.eca import ECA
@@ -34,6 +36,7 @@ from convblocks.blocks.inception_v4 import (
     InceptionV4ReductionB,
 )
 from convblocks.blocks.partial_conv import PartialConv
+from convblocks.blocks.res2net import Res2NetBottleneck
 from convblocks.blocks.resnet import BasicBlock, Bottleneck
 from convblocks.blocks.scse import SCSE, ChannelSE, SpatialSE
 from convblocks.blocks.shufflenet import ShuffleNetV1Unit, ShuffleNetV2Unit
@@ -55,6 +58,9 @@ __all__ = [
     "ChannelSE",
     "ChannelShuffle",
     "ConvNormAct",
+    "DarknetResidual",
+    "DenseBlock",
+    "DenseLayer",
     "DepthwiseConv2d",
     "DepthwiseSeparableConv",
     "DoubleConv",
@@ -78,12 +84,14 @@ __all__ = [
     "InceptionV4C",
     "InceptionV4ReductionB",
     "PartialConv",
+    "Res2NetBottleneck",
     "ShuffleNetV1Unit",
     "ShuffleNetV2Unit",
     "SimAM",
     "SpatialAttention",
     "SpatialSE",
     "SqueezeExcite",
+    "Transition",
     "UNetDown",
     "UNetUp",
     "VGGBlock",

@@ -18,8 +18,8 @@ StateDict = dict[str, Any]
 Step = Callable[[StateDict], StateDict]
 
 
-def rename(pattern: str, to: str) -> Step:
-    """A step that gives the keys that match ``pattern`` as a whole another name."""
+def rename(pattern: str, to: str | Callable[[re.Match[str]], str]) -> Step:
+    """A step that gives the keys that match ``pattern`` as a whole another name, as ``re.sub`` does."""
     compiled = re.compile(pattern)
     return lambda sd: {compiled.sub(to, k) if compiled.fullmatch(k) else k: v for k, v in sd.items()}
 

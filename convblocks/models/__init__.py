@@ -10,7 +10,20 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
-from convblocks.models import deeplab, inception, inception_resnet, inceptions_v4, resnet, unets, vgg, xceptions  # noqa: F401
+from convblocks.models import (  # noqa: F401
+    darknet,
+    deeplab,
+    densenet,
+    fasternet,
+    inception,
+    inception_resnet,
+    inceptions_v4,
+    res2net,
+    resnet,
+    unets,
+    vgg,
+    xceptions,
+)
 from convblocks.models.network import Network
 from convblocks.models.registry import ENTRIES, function, unknown
 

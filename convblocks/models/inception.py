@@ -172,6 +172,7 @@ class InceptionV1(Inception):
 
     least_size = 15
     head_layers = ("fc", "aux1", "aux2")
+    native = "torchvision"
     auxiliary = AuxiliaryV1
     sees: ClassVar[Mapping[str, str]] = {"aux1": "inception4a", "aux2": "inception4d"}
     outputs = GoogLeNetOutputs
@@ -259,6 +260,7 @@ class InceptionV3(Inception):
 
     least_size = 75
     head_layers = ("fc", "AuxLogits")
+    native = "torchvision"
     auxiliary = AuxiliaryV3
     sees: ClassVar[Mapping[str, str]] = {"AuxLogits": "Mixed_6e"}
     outputs = InceptionOutputs

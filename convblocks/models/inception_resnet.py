@@ -99,6 +99,7 @@ class InceptionResNetV1(InceptionResNet):
     """
 
     head_layers = ("last_linear", "last_bn", "logits")
+    native = "official"
 
     def __init__(
         self,
@@ -165,6 +166,7 @@ class InceptionResNetV2(InceptionResNet):
     """
 
     head_layers = ("classif",)
+    native = "timm"
     layouts = (Layout("timm", (rename(r"last_linear\.(.+)", r"classif.\1"),)),)  # Cadene's, from which timm's came
 
     def __init__(

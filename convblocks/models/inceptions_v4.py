@@ -43,6 +43,7 @@ class InceptionV4(Inception):
 
     least_size = 75
     head_layers = ("last_linear",)
+    native = "timm"
 
     def __init__(
         self,

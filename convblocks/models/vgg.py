@@ -48,6 +48,7 @@ class VGG(Network):
 
     least_size = 32
     head_layers = ("classifier",)
+    native = "torchvision"
     layouts = (
         Layout(
             "timm",

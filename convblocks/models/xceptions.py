@@ -43,6 +43,7 @@ class Xception(Network):
 
     least_size = 7
     head_layers = ("fc",)
+    native = "timm"
     layouts = (Layout("official", (rename(r"last_linear\.(.+)", r"fc.\1"),)),)  # Cadene's, from which timm's came
 
     def __init__(

@@ -13,7 +13,7 @@ from torch import nn
 
 import convblocks
 from convblocks.models import create
-from convblocks.models.xception import Xception
+from convblocks.models.xceptions import Xception
 from tests.models.common import assert_same, macs, parameters, randomised
 
 
