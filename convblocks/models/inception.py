@@ -97,26 +97,23 @@ class Inception(Network):
         self,
         num_classes: int,
         in_channels: int,
-        attention: Attention,
         drop_rate: float,
-        norm_eps: float,
         transform_input: bool = False,
     ) -> None:
         super().__init__(num_classes, in_channels)
         if transform_input and in_channels != 3:
             raise ValueError(f"{self.name}: expected in_channels to be 3 with transform_input, got {in_channels}")
         self.transform = FromImageNet() if transform_input else nn.Identity()
-        self.options: dict[str, Any] = {"attention": attention, "norm_eps": norm_eps}
         self.drop = nn.Dropout(drop_rate)
         self.aux_logits = False
 
-    def add_auxiliaries(self, wanted: bool) -> None:
+    def add_auxiliaries(self, wanted: bool, eps: float) -> None:
         """At the end of the constructor; there are none without classes."""
         self.aux_logits = wanted and self.num_classes > 0
         for attribute, layer in self.sees.items():
             made = None
             if self.aux_logits:
-                made = self.auxiliary(getattr(self, layer).out_channels, self.num_classes, self.options["norm_eps"])
+                made = self.auxiliary(getattr(self, layer).out_channels, self.num_classes, eps)
             setattr(self, attribute, made)
 
     def initialise_normal(self, deviation: float) -> None:
@@ -189,7 +186,8 @@ class InceptionV1(Inception):
         drop_rate: float = 0.2,
         norm_eps: float = 1e-3,
     ) -> None:
-        super().__init__(num_classes, in_channels, attention, drop_rate, norm_eps, transform_input)
+        super().__init__(num_classes, in_channels, drop_rate, transform_input)
+        options: dict[str, Any] = {"attention": attention, "norm_eps": norm_eps}
         self.conv1 = inception_conv(in_channels, 64, 7, 2, 3, eps=norm_eps)
         self.conv2 = inception_conv(64, 64, 1, eps=norm_eps)
         self.conv3 = inception_conv(64, 192, 3, eps=norm_eps)
@@ -197,11 +195,11 @@ class InceptionV1(Inception):
         self.maxpool4 = nn.MaxPool2d(2, 2, ceil_mode=True)
         channels = 192
         for name, widths in _V1_MODULES.items():
-            module = InceptionV1Module(channels, *widths, large_kernel=large_kernel, **self.options)
+            module = InceptionV1Module(channels, *widths, large_kernel=large_kernel, **options)
             self.add_module(f"inception{name}", module)
             channels = module.out_channels
         self.fc = classifier(channels, num_classes)
-        self.add_auxiliaries(aux_logits)
+        self.add_auxiliaries(aux_logits, norm_eps)
         self.initialise()
 
     def trunk(self) -> list[list[Any]]:
@@ -276,7 +274,8 @@ class InceptionV3(Inception):
         drop_rate: float = 0.5,
         norm_eps: float = 1e-3,
     ) -> None:
-        super().__init__(num_classes, in_channels, attention, drop_rate, norm_eps, transform_input)
+        super().__init__(num_classes, in_channels, drop_rate, transform_input)
+        options: dict[str, Any] = {"attention": attention, "norm_eps": norm_eps}
         self.Conv2d_1a_3x3 = inception_conv(in_channels, 32, 3, 2, eps=norm_eps)
         self.Conv2d_2a_3x3 = inception_conv(32, 32, 3, padding=0, eps=norm_eps)
         self.Conv2d_2b_3x3 = inception_conv(32, 64, 3, eps=norm_eps)
@@ -285,11 +284,11 @@ class InceptionV3(Inception):
         self.maxpool1, self.maxpool2 = nn.MaxPool2d(3, 2), nn.MaxPool2d(3, 2)
         channels = 192
         for name, (module, *own) in _V3_MODULES.items():
-            made = module(channels, *own, **self.options)
+            made = module(channels, *own, **options)
             self.add_module(f"Mixed_{name}", made)
             channels = made.out_channels
         self.fc = classifier(channels, num_classes)
-        self.add_auxiliaries(aux_logits)
+        self.add_auxiliaries(aux_logits, norm_eps)
         self.initialise()
 
     def trunk(self) -> list[list[Any]]:

@@ -16,49 +16,40 @@ from convblocks.blocks.inception_resnet import (
     InceptionResNetB,
     InceptionResNetC,
     InceptionResNetReductionB,
-    Widths,
 )
 from convblocks.blocks.inception_v4 import InceptionReductionA
 from convblocks.models.network import Network, classifier
 from convblocks.models.registry import register
 
 
+class _Blocks:
+    """Makes the blocks in turn; the probability with which one is skipped grows from 0 to a rate."""
+
+    def __init__(self, total: int, drop_path_rate: float, attention: Attention, norm_eps: float) -> None:
+        self.rates = [drop_path_rate * i / (total - 1) for i in range(total)]
+        self.common: dict[str, Any] = {"attention": attention, "norm_eps": norm_eps}
+
+    def one(self, cls: type[InceptionResidual], *arguments: Any, activation: bool = True) -> InceptionResidual:
+        return cls(*arguments, activation=activation, drop_path=self.rates.pop(0), **self.common)
+
+    def repeat(self, count: int, cls: type[InceptionResidual], *arguments: Any) -> nn.Sequential:
+        return nn.Sequential(*[self.one(cls, *arguments) for _ in range(count)])
+
+
 class InceptionResNet(Network):
-    """Base of the two Inception-ResNets: a stem up to 192 channels, and blocks of three resolutions."""
+    """Base of the two Inception-ResNets: a stem up to 192 channels."""
 
     least_size = 75
 
-    def __init__(
-        self,
-        num_classes: int,
-        in_channels: int,
-        attention: Attention,
-        drop_rate: float,
-        drop_path_rate: float,
-        norm_eps: float,
-        blocks: int,
-    ) -> None:
+    def __init__(self, num_classes: int, in_channels: int, drop_rate: float, eps: float) -> None:
         super().__init__(num_classes, in_channels)
-        self.conv2d_1a = inception_conv(in_channels, 32, 3, 2, eps=norm_eps)
-        self.conv2d_2a = inception_conv(32, 32, 3, padding=0, eps=norm_eps)
-        self.conv2d_2b = inception_conv(32, 64, 3, eps=norm_eps)
+        self.conv2d_1a = inception_conv(in_channels, 32, 3, 2, eps=eps)
+        self.conv2d_2a = inception_conv(32, 32, 3, padding=0, eps=eps)
+        self.conv2d_2b = inception_conv(32, 64, 3, eps=eps)
         self.maxpool_3a = nn.MaxPool2d(3, 2)
-        self.conv2d_3b = inception_conv(64, 80, 1, eps=norm_eps)
-        self.conv2d_4a = inception_conv(80, 192, 3, padding=0, eps=norm_eps)
+        self.conv2d_3b = inception_conv(64, 80, 1, eps=eps)
+        self.conv2d_4a = inception_conv(80, 192, 3, padding=0, eps=eps)
         self.drop = nn.Dropout(drop_rate)
-        self.norm_eps, self.attention = norm_eps, attention
-        self.rates = [drop_path_rate * i / (blocks - 1) for i in range(blocks)]
-
-    def block(
-        self, cls: type[InceptionResidual], channels: int, widths: Widths, scale: float, activation: bool = True
-    ) -> InceptionResidual:
-        """Of the probabilities of being skipped, which grow from block to block, this takes the next."""
-        rate = self.rates.pop(0)
-        common: dict[str, Any] = {"attention": self.attention, "drop_path": rate, "norm_eps": self.norm_eps}
-        return cls(channels, widths, scale, activation=activation, **common)
-
-    def blocks(self, count: int, cls: type[InceptionResidual], *arguments: Any) -> nn.Sequential:
-        return nn.Sequential(*[self.block(cls, *arguments) for _ in range(count)])
 
     def stem(self) -> list[list[Any]]:
         s = self
@@ -112,16 +103,17 @@ class InceptionResNetV1(InceptionResNet):
         drop_path_rate: float = 0.0,
         norm_eps: float = 1e-3,
     ) -> None:
-        super().__init__(num_classes, in_channels, attention, drop_rate, drop_path_rate, norm_eps, blocks=21)
+        super().__init__(num_classes, in_channels, drop_rate, norm_eps)
+        make = _Blocks(21, drop_path_rate, attention, norm_eps)
         positive(self.name, "embedding", embedding)
         self.conv2d_4b = inception_conv(192, 256, 3, 2, eps=norm_eps)
-        self.repeat_1 = self.blocks(5, InceptionResNetA, 256, [[32], [32, 32], [32, 32, 32]], 0.17)
+        self.repeat_1 = make.repeat(5, InceptionResNetA, 256, [[32], [32, 32], [32, 32, 32]], 0.17)
         self.mixed_6a = InceptionReductionA(256, (192, 192, 256, 384), norm_eps=norm_eps)
-        self.repeat_2 = self.blocks(10, InceptionResNetB, 896, [[128], [128, 128, 128]], 0.10)
+        self.repeat_2 = make.repeat(10, InceptionResNetB, 896, [[128], [128, 128, 128]], 0.10)
         self.mixed_7a = InceptionResNetReductionB(896, (256, 256, 256), norm_eps=norm_eps)
         widths = [[192], [192, 192, 192]]
-        self.repeat_3 = self.blocks(5, InceptionResNetC, 1792, widths, 0.20)
-        self.block8 = self.block(InceptionResNetC, 1792, widths, 1.0, activation=False)
+        self.repeat_3 = make.repeat(5, InceptionResNetC, 1792, widths, 0.20)
+        self.block8 = make.one(InceptionResNetC, 1792, widths, 1.0, activation=False)
         self.last_linear = nn.Linear(1792, embedding, bias=False)
         self.last_bn = nn.BatchNorm1d(embedding, eps=norm_eps)
         self.logits = classifier(embedding, num_classes)
@@ -179,7 +171,8 @@ class InceptionResNetV2(InceptionResNet):
         drop_path_rate: float = 0.0,
         norm_eps: float = 1e-3,
     ) -> None:
-        super().__init__(num_classes, in_channels, attention, drop_rate, drop_path_rate, norm_eps, blocks=40)
+        super().__init__(num_classes, in_channels, drop_rate, norm_eps)
+        make = _Blocks(40, drop_path_rate, attention, norm_eps)
         self.maxpool_5a = nn.MaxPool2d(3, 2)
         self.mixed_5b = InceptionBranches(
             192,
@@ -189,13 +182,13 @@ class InceptionResNetV2(InceptionResNet):
             {"branch3": [nn.AvgPool2d(3, 1, 1, count_include_pad=False), (64, 1)]},
             norm_eps=norm_eps,
         )
-        self.repeat = self.blocks(10, InceptionResNetA, 320, [[32], [32, 32], [32, 48, 64]], 0.17)
+        self.repeat = make.repeat(10, InceptionResNetA, 320, [[32], [32, 32], [32, 48, 64]], 0.17)
         self.mixed_6a = InceptionReductionA(320, (256, 256, 384, 384), norm_eps=norm_eps)
-        self.repeat_1 = self.blocks(20, InceptionResNetB, 1088, [[192], [128, 160, 192]], 0.10)
+        self.repeat_1 = make.repeat(20, InceptionResNetB, 1088, [[192], [128, 160, 192]], 0.10)
         self.mixed_7a = InceptionResNetReductionB(1088, (288, 288, 320), norm_eps=norm_eps)
         widths = [[192], [192, 224, 256]]
-        self.repeat_2 = self.blocks(9, InceptionResNetC, 2080, widths, 0.20)
-        self.block8 = self.block(InceptionResNetC, 2080, widths, 1.0, activation=False)
+        self.repeat_2 = make.repeat(9, InceptionResNetC, 2080, widths, 0.20)
+        self.block8 = make.one(InceptionResNetC, 2080, widths, 1.0, activation=False)
         self.conv2d_7b = inception_conv(2080, 1536, 1, eps=norm_eps)
         self.classif = classifier(1536, num_classes)
         self.initialise()

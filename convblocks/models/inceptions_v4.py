@@ -54,9 +54,9 @@ class InceptionV4(Inception):
         drop_rate: float = 0.2,
         norm_eps: float = 1e-3,
     ) -> None:
-        super().__init__(num_classes, in_channels, attention, drop_rate, norm_eps)
+        super().__init__(num_classes, in_channels, drop_rate)
         factorised = [(64, 1), (64, (1, 7)), (64, (7, 1)), (96, 3, 1, 0)]
-        own = self.options
+        own: dict[str, Any] = {"attention": attention, "norm_eps": norm_eps}
         self.features = nn.Sequential(
             inception_conv(in_channels, 32, 3, 2, eps=norm_eps),
             inception_conv(32, 32, 3, padding=0, eps=norm_eps),

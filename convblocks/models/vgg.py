@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import re
 from collections.abc import Sequence
 from typing import Any
 
@@ -20,6 +21,24 @@ def _flatten(sd: StateDict) -> StateDict:
     return {k: v.flatten(1) if k in hidden and v.dim() == 4 else v for k, v in sd.items()}
 
 
+_UNIT = re.compile(r"features\.stage(\d+)\.unit(\d+)\.(conv|bn)\.(.+)")
+
+
+def _numbered(sd: StateDict) -> StateDict:
+    """The layers that pytorchcv names by stage and unit, under the numbers that torchvision counts."""
+    keys = {key: found for key in sd if (found := _UNIT.fullmatch(key)) is not None}
+    units = sorted({(int(found[1]), int(found[2])) for found in keys.values()})
+    apart = 3 if any(found[3] == "bn" for found in keys.values()) else 2
+    first = {unit: i * apart + unit[0] - 1 for i, unit in enumerate(units)}  # with the pools of the stages before
+
+    def name(key: str) -> str:
+        if (found := keys.get(key)) is None:
+            return key
+        return f"features.{first[int(found[1]), int(found[2])] + (found[3] == 'bn')}.{found[4]}"
+
+    return {name(key): value for key, value in sd.items()}
+
+
 class VGG(Network):
     """VGG: 3x3 convolutions in five blocks, then three linear layers.
 
@@ -32,7 +51,7 @@ class VGG(Network):
         num_classes: 0: the features before the last linear layer.
         in_channels: of the images.
         norm: puts a batch norm after each convolution ("_bn").
-        bias: whether the convolutions have one.
+        bias: whether the convolutions have one: with norms they do in torchvision, and do not in most of pytorchcv's.
         attention: before each pool: a name ("se", "eca", "cbam", "simam", ...), what makes a module for C channels, or
             None.
         hidden: channels of the two linear layers before the last.
@@ -57,6 +76,15 @@ class VGG(Network):
                 rename(r"pre_logits\.fc1\.(.+)", r"classifier.0.\1"),
                 rename(r"pre_logits\.fc2\.(.+)", r"classifier.3.\1"),
                 rename(r"head\.fc\.(.+)", r"classifier.6.\1"),
+            ),
+        ),
+        Layout(
+            "pytorchcv",
+            (
+                _numbered,
+                rename(r"output\.fc1\.fc\.(.+)", r"classifier.0.\1"),
+                rename(r"output\.fc2\.fc\.(.+)", r"classifier.3.\1"),
+                rename(r"output\.fc3\.(.+)", r"classifier.6.\1"),
             ),
         ),
     )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import pickle
 from typing import Any
 
 import pytest
@@ -165,6 +166,14 @@ def test_initialisation() -> None:
     assert float(model.Mixed_6b.branch7x7_1.conv.weight.detach().std()) == pytest.approx(0.1, rel=0.05)
     assert float(model.AuxLogits.fc.weight.detach().std()) == pytest.approx(0.001, rel=0.05)
     assert float(model.Mixed_7c.se.fc1.weight.detach().std()) < 0.02  # as it comes
+
+
+@pytest.mark.parametrize("name", ["inception_v1", "inception_v4", "inception_resnet_v1"])
+def test_pickles_with_attention_of_ones_own(name: str) -> None:
+    """What made it is not kept."""
+    with torch.device("meta"):
+        model = create(name, attention=lambda channels: convblocks.ECA(channels))
+        assert pickle.loads(pickle.dumps(model)).state_dict().keys() == model.state_dict().keys()
 
 
 def test_norm_eps() -> None:

@@ -71,6 +71,25 @@ def test_is_timms() -> None:
     assert_same(ours, randomised(_timms), "timm", torch.randn(2, 3, 64, 64))
 
 
+@pytest.mark.parametrize("norm", [True, False])
+def test_reads_pytorchcvs_weights(norm: bool) -> None:
+    """Its units are those of the stages in turn."""
+    with torch.device("meta"):
+        ours = create("vgg13", norm=norm, bias=not norm, hidden=8)
+    expected = ours.state_dict()
+    theirs = {"classifier.0": "output.fc1.fc", "classifier.3": "output.fc2.fc", "classifier.6": "output.fc3"}
+    layers = [f"features.{i}" for i, m in enumerate(ours.features) if isinstance(m, nn.Conv2d | nn.BatchNorm2d)]
+    for stage in range(1, 6):
+        for unit in (1, 2):
+            for name in ("conv", "bn") if norm else ("conv",):
+                theirs[layers.pop(0)] = f"features.stage{stage}.unit{unit}.{name}"
+    sd = {f"{theirs[layer]}.{name}": expected[key] for key in expected for layer, _, name in [key.rpartition(".")]}
+    for source in ("pytorchcv", None):
+        converted = convblocks.convert_state_dict(sd, source, ours)
+        assert converted.keys() == expected.keys()
+        assert all(converted[key] is expected[key] for key in expected)
+
+
 def test_attention_leaves_the_keys_as_they_are() -> None:
     plain, attended = (create("vgg11_bn", hidden=4, attention=attention) for attention in (None, "se"))
     keys = attended.state_dict().keys()
