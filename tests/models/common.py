@@ -31,6 +31,23 @@ def parameters(name: str, **options: object) -> int:
         return sum(p.numel() for p in create(name, **options).parameters())
 
 
+def without_rounding(model: nn.Module) -> nn.Module:
+    """Sets those gradients of the biases of norms to zero that are zero but for rounding, in float64.
+
+    In training such is the bias of a norm without an activation that only convolutions and their norms see: these
+    subtract it again.
+    """
+
+    def to_zero(p: Tensor) -> None:
+        if p.grad is not None and float(p.grad.abs().max()) < 1e-10:
+            p.grad.zero_()
+
+    for m in model.double().modules():
+        if isinstance(m, nn.BatchNorm2d):
+            m.bias.register_post_accumulate_grad_hook(to_zero)
+    return model
+
+
 def assert_same(
     ours: Network, theirs: nn.Module, source: str | None, x: Tensor, output: Callable[..., Tensor] = lambda y: y
 ) -> None:
