@@ -67,7 +67,7 @@ def timm_step(branch: str, *, flat: bool = False, nested: bool = False) -> Step:
     return step
 
 
-def _rename_classifier(old: str, new: str) -> Step:
+def classifier_step(old: str, new: str) -> Step:
     """A step for a layer of timm's head, perhaps a 1x1 convolution, that is a linear one of torchvision's."""
 
     def step(sd: StateDict) -> StateDict:
@@ -133,7 +133,7 @@ class MobileNetV2(FeaturesNetwork):
         >>> y = model(torch.randn(2, 3, 64, 64))
     """
 
-    layouts = (Layout("timm", (_rename_classifier("classifier", "classifier.1"), timm_step("conv", flat=True))),)
+    layouts = (Layout("timm", (classifier_step("classifier", "classifier.1"), timm_step("conv", flat=True))),)
 
     # Of the stages: the factor of the expansion, channels, blocks, and the stride of the first.
     SETTINGS = (
@@ -216,8 +216,8 @@ class MobileNetV3(FeaturesNetwork):
         Layout(
             "timm",
             (
-                _rename_classifier("classifier", "classifier.3"),
-                _rename_classifier("conv_head", "classifier.0"),
+                classifier_step("classifier", "classifier.3"),
+                classifier_step("conv_head", "classifier.0"),
                 timm_step("block"),
             ),
         ),
