@@ -11,7 +11,7 @@ from convblocks.blocks.attention import Attention
 from convblocks.blocks.conv_norm_act import ConvNormAct
 from convblocks.blocks.convert import Layout
 from convblocks.blocks.inverted_residual import FusedMBConv, MBConv
-from convblocks.models.mobilenets import FeaturesNetwork, classifier_step, timm_step
+from convblocks.models.features import FeaturesNetwork, classifier_step, timm_step
 from convblocks.models.network import classifier
 from convblocks.models.registry import register
 

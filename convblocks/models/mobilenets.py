@@ -1,6 +1,5 @@
 from __future__ import annotations
 
-import re
 from collections.abc import Sequence
 from functools import partial
 from typing import Any
@@ -9,103 +8,97 @@ import torch
 from torch import Tensor, nn
 
 from convblocks.blocks.attention import Attention
+from convblocks.blocks.batch_norm_act import BatchNormAct2d
 from convblocks.blocks.conv_norm_act import ConvNormAct
-from convblocks.blocks.convert import Layout, StateDict, Step
+from convblocks.blocks.convert import Layout
+from convblocks.blocks.depthwise_separable_conv import DepthwiseSeparableConv
 from convblocks.blocks.inverted_residual import InvertedResidual, make_divisible
+from convblocks.models.features import FeaturesNetwork, classifier_step, timm_step
 from convblocks.models.network import Network, classifier
 from convblocks.models.registry import register
 
-# What timm calls the layers of its blocks, in their order. Of the norms, the first follows the first convolution, ...
-_TIMM = (("conv_pw", "conv_dw", "se", "conv_pwl"), ("conv_dw", "se", "conv_pw"), ("conv_exp", "conv_pwl"), ("conv",))
-_IN_BLOCK = re.compile(r"blocks\.(\d+)\.(\d+)\.(\w+)(\..+)")
+
+def check_width(network: str, width: float) -> None:
+    if not width > 0:
+        raise ValueError(f"{network}: expected a positive width, got {width}")
 
 
-def _in_branch(names: set[str], flat: bool) -> dict[str, str]:
-    """Where the layers of a block of timm's are in a branch of torchvision's, in which ``flat`` ends in a norm."""
-    order: tuple[str, ...] = next((o for o in _TIMM if names >= {*o} - {"se"}), ())
-    to, norms = {}, 0
-    for i, layer in enumerate(name for name in order if name in names and (name != "se" or not flat)):
-        if layer == "se":
-            to[layer] = str(i)
-            continue
-        norms += 1
-        end = flat and layer == order[-1]
-        to[layer], to[f"bn{norms}"] = (str(i), str(i + 1)) if end else (f"{i}.0", f"{i}.1")
-    return to
+class MobileNetV1(Network):
+    """MobileNet, the first: depthwise-separable convolutions.
 
+    Howard et al., "MobileNets: Efficient Convolutional Neural Networks for Mobile Vision Applications", arXiv
+    1704.04861. The keys of the state dict are those of timm.
 
-def timm_step(branch: str, *, flat: bool = False, nested: bool = False) -> Step:
-    """A step that makes torchvision's ``features`` of timm's stem, blocks and ``conv_head``.
+    Args:
+        num_classes: 0: the pooled features.
+        in_channels: of the images.
+        width: a factor of the channels, which are rounded to multiples of 8.
+        attention: in each block, after the depthwise convolution: a name ("se", "eca", "cbam", "simam", ...), what
+            makes a module for C channels, or None.
+        drop_rate: of the dropout before the classifier.
+        norm_eps, norm_momentum: of the norms.
 
-    ``nested``: a stage is one of the features, not each block.
+    Raises:
+        ValueError: numbers out of range, an unknown attention.
+
+    Example:
+        >>> model = convblocks.models.mobilenet_v1(num_classes=10, attention="se")
+        >>> y = model(torch.randn(2, 3, 64, 64))
     """
 
-    def step(sd: StateDict) -> StateDict:
-        found = [(_IN_BLOCK.fullmatch(key), key, value) for key, value in sd.items()]
-        blocks: dict[tuple[int, int], set[str]] = {}
-        for m, _, _ in found:
-            if m:
-                blocks.setdefault((int(m[1]), int(m[2])), set()).add(m[3])
-        if not blocks:
-            return sd
-        last = max(blocks)[0] + 2 if nested else len(blocks) + 1
-        outside = {"conv_stem": "0.0", "bn1": "0.1", "conv_head": f"{last}.0", "bn2": f"{last}.1"}
-        to = {name: f"features.{place}" for name, place in outside.items()}
-        for k, (block, names) in enumerate(sorted(blocks.items()), 1):
-            i, j = block
-            place = f"features.{i + 1}.{j}.{branch}" if nested else f"features.{k}.{branch}"
-            inside = _in_branch(names, flat)
-            if "conv" in names and not nested:  # no block: MobileNetV3's last convolution
-                place, inside = f"features.{k}", {"conv": "0", "bn1": "1"}
-            to |= {f"blocks.{i}.{j}.{name}": f"{place}.{inside.get(name, name)}" for name in names}
-        converted = {}
-        for m, key, value in found:
-            layer, rest = (key[: m.start(4)], m[4]) if m else (key.partition(".")[0], key[len(key.partition(".")[0]) :])
-            converted[to.get(layer, layer) + rest] = value
-        return converted
-
-    return step
-
-
-def classifier_step(old: str, new: str) -> Step:
-    """A step for a layer of timm's head, perhaps a 1x1 convolution, that is a linear one of torchvision's."""
-
-    def step(sd: StateDict) -> StateDict:
-        converted = {}
-        for key, value in sd.items():
-            if key in (f"{old}.weight", f"{old}.bias"):
-                key = new + key.removeprefix(old)
-                value = value.flatten(1) if isinstance(value, Tensor) and value.dim() > 2 else value
-            converted[key] = value
-        return converted
-
-    return step
-
-
-class FeaturesNetwork(Network):
-    """Base of the networks that are ``features``, then a ``classifier`` of the means of the last map."""
-
     head = ("classifier",)
-    native = "torchvision"
-    features: nn.Sequential
-    classifier: nn.Module
-    starts: Sequence[int]  # of the stages, which of the features is the first
+    chains = (("conv_stem", "bn1"),)
+    native = "timm"
+
+    SETTINGS = ((64, 1), (128, 2), (256, 2), (512, 6), (1024, 2))  # channels and blocks of the stages
+
+    def __init__(
+        self,
+        num_classes: int = 1000,
+        in_channels: int = 3,
+        *,
+        width: float = 1.0,
+        attention: Attention = None,
+        drop_rate: float = 0.0,
+        norm_eps: float = 1e-5,
+        norm_momentum: float = 0.1,
+    ) -> None:
+        super().__init__(num_classes, in_channels)
+        check_width("MobileNetV1", width)
+        norm = partial(BatchNormAct2d, activation="relu6", eps=norm_eps, momentum=norm_momentum, inplace=True)
+        block = partial(
+            DepthwiseSeparableConv, attention=attention, norm_layer=norm, dw_act="none", pw_act="none"
+        )  # the norms have the activations
+        channels = make_divisible(32 * width)
+        self.conv_stem = nn.Conv2d(in_channels, channels, 3, 2, 1, bias=False)
+        self.bn1 = norm(channels)
+        blocks: list[nn.Module] = []
+        for planes, count in self.SETTINGS:
+            out = make_divisible(planes * width)
+            first = block(channels, out, stride=2 if blocks else 1)
+            blocks.append(nn.Sequential(first, *(block(out, out) for _ in range(count - 1))))
+            channels = out
+        self.blocks = nn.Sequential(*blocks)
+        self.drop = nn.Dropout(drop_rate)
+        self.classifier = classifier(channels, num_classes)
+        self.initialise()
 
     def stages(self) -> list[list[Any]]:
-        layers = list(self.features)
-        return [layers[a:b] for a, b in zip(self.starts, (*self.starts[1:], len(layers)), strict=True)]
+        first, *others = self.blocks
+        return [[self.conv_stem, self.bn1, first], *([stage] for stage in others)]
 
     def forward_head(self, x: Tensor) -> Tensor:
-        y: Tensor = self.classifier(torch.flatten(nn.functional.adaptive_avg_pool2d(x, 1), 1))
+        y: Tensor = self.classifier(self.drop(torch.flatten(nn.functional.adaptive_avg_pool2d(x, 1), 1)))
         return y
 
     def initialise(self) -> None:
-        """As torchvision does: as He et al., and linear layers from a normal distribution."""
+        """As the authors' code does: from a normal distribution of deviation 0.09, cut off at twice that."""
         super().initialise()
         for layer in self.modules():
-            if isinstance(layer, nn.Linear):
-                nn.init.normal_(layer.weight, 0, 0.01)
-                nn.init.zeros_(layer.bias)
+            if isinstance(layer, (nn.Conv2d, nn.Linear)):
+                nn.init.trunc_normal_(layer.weight, std=0.09, a=-0.18, b=0.18)
+                if layer.bias is not None:
+                    nn.init.zeros_(layer.bias)
 
 
 class MobileNetV2(FeaturesNetwork):
@@ -178,11 +171,6 @@ class MobileNetV2(FeaturesNetwork):
         self.features = nn.Sequential(*layers, conv(channels, last, 1))
         self.classifier = nn.Sequential(nn.Dropout(drop_rate), classifier(last, num_classes))
         self.initialise()
-
-
-def check_width(network: str, width: float) -> None:
-    if not width > 0:
-        raise ValueError(f"{network}: expected a positive width, got {width}")
 
 
 class MobileNetV3(FeaturesNetwork):
@@ -304,6 +292,7 @@ _SMALL = (
     (5, 576, 96, True, "hardswish", 1),
 )
 
+register(MobileNetV1, {"mobilenet_v1": {}})
 register(MobileNetV2, {"mobilenet_v2": {}})
 register(
     MobileNetV3,
