@@ -35,6 +35,7 @@ from convblocks.blocks.inception_v4 import (
     InceptionV4C,
     InceptionV4ReductionB,
 )
+from convblocks.blocks.inverted_residual import FusedMBConv, InvertedResidual, MBConv
 from convblocks.blocks.partial_conv import PartialConv
 from convblocks.blocks.res2net import Res2NetBottleneck
 from convblocks.blocks.resnet import BasicBlock, Bottleneck
@@ -66,6 +67,7 @@ __all__ = [
     "DoubleConv",
     "EffectiveSqueezeExcite",
     "FasterNetBlock",
+    "FusedMBConv",
     "InceptionBranches",
     "InceptionReductionA",
     "InceptionResNetA",
@@ -83,6 +85,8 @@ __all__ = [
     "InceptionV4B",
     "InceptionV4C",
     "InceptionV4ReductionB",
+    "InvertedResidual",
+    "MBConv",
     "PartialConv",
     "Res2NetBottleneck",
     "ShuffleNetV1Unit",

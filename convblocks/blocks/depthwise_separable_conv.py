@@ -6,6 +6,7 @@ import torch
 from torch import Tensor, nn
 
 from convblocks.blocks.arguments import Layer, function_name, positive
+from convblocks.blocks.attention import Attention, attention_layer
 from convblocks.blocks.depthwise_conv2d import DepthwiseConv2d, Pair
 from convblocks.ops.gate import ACTIVATIONS
 
@@ -13,8 +14,8 @@ from convblocks.ops.gate import ACTIVATIONS
 class DepthwiseSeparableConv(nn.Module):
     """A depthwise convolution, which mixes pixels, then a pointwise one, which mixes channels.
 
-    ``y = act(bn2(conv_pw(act(bn1(conv_dw(x))))))``, each norm and activation where asked for. Howard et al.,
-    "MobileNets", arXiv 1704.04861; Chollet, "Xception: Deep Learning with Depthwise Separable Convolutions",
+    ``y = act(bn2(conv_pw(se(act(bn1(conv_dw(x)))))))``, each norm, activation and attention where asked for. Howard et
+    al., "MobileNets", arXiv 1704.04861; Chollet, "Xception: Deep Learning with Depthwise Separable Convolutions",
     arXiv 1610.02357.
 
     The flavours: MobileNetV1 as it is here by default; Xception ``dw_norm=False, dw_act="none", pw_norm=False,
@@ -31,13 +32,15 @@ class DepthwiseSeparableConv(nn.Module):
         dw_norm, pw_norm: whether a norm follows the depthwise, and the pointwise convolution.
         dw_act, pw_act: the activations there: a name, a module, or a class or partial that makes one.
         norm_layer: makes a norm of so many channels.
+        attention: after the depthwise convolution: a name ("se", "eca", "cbam", "simam", ...), what makes a module for
+            C channels, or None.
         skip: adds the input where stride and channels allow (timm's ``noskip=False``).
         device, dtype: of the parameters.
 
     Shape: (N, in_channels, H, W) to (N, out_channels, H', W').
 
     Raises:
-        ValueError: channels or a multiplier that are no positive integers, an unknown activation.
+        ValueError: channels or a multiplier that are no positive integers, an unknown activation or attention.
 
     Example:
         >>> y = convblocks.DepthwiseSeparableConv(32, 64, stride=2)(torch.randn(2, 32, 56, 56))
@@ -59,6 +62,7 @@ class DepthwiseSeparableConv(nn.Module):
         pw_norm: bool = True,
         pw_act: Layer = "relu6",
         norm_layer: Callable[..., nn.Module] = nn.BatchNorm2d,
+        attention: Attention = None,
         skip: bool = False,
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
@@ -86,6 +90,7 @@ class DepthwiseSeparableConv(nn.Module):
             activation="none" if dw_norm else self.dw_act,
         )
         self.bn1 = norm_layer(width, device=device, dtype=dtype) if dw_norm else nn.Identity()
+        self.se = attention_layer(name, attention, width)
         self.conv_pw = nn.Conv2d(width, out, 1, bias=bias, device=device, dtype=dtype)
         self.bn2 = norm_layer(out, device=device, dtype=dtype) if pw_norm else nn.Identity()
         self.skip = skip and c == out and self.conv_dw.stride == (1, 1)
@@ -94,6 +99,8 @@ class DepthwiseSeparableConv(nn.Module):
         y = self.conv_dw(x)
         if not isinstance(self.bn1, nn.Identity):
             y = ACTIVATIONS[self.dw_act](self.bn1(y))
+        if self.se is not None:
+            y = self.se(y)
         y = ACTIVATIONS[self.pw_act](self.bn2(self.conv_pw(y)))
         return x + y if self.skip else y
 

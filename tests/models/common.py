@@ -6,10 +6,9 @@ from collections.abc import Callable
 
 import torch
 from torch import Tensor, nn
-from torch.utils.flop_counter import FlopCounterMode
 
 import convblocks
-from convblocks.models import Network, create
+from convblocks.models import Network, create, summary
 
 
 def randomised(make: Callable[[], nn.Module]) -> nn.Module:
@@ -34,9 +33,24 @@ def parameters(name: str, **options: object) -> int:
 
 def macs(name: str, size: int = 224) -> float:
     """Multiply-accumulates for one image, in thousands of millions."""
-    with torch.device("meta"), convblocks.use_backend("reference"), FlopCounterMode(display=False) as counter:
-        create(name).eval()(torch.empty(1, 3, size, size))
-    return float(counter.get_total_flops()) / 2e9
+    return summary.macs(summary.meta(name), size) / 1e9
+
+
+def without_rounding(model: nn.Module) -> nn.Module:
+    """Sets those gradients of the biases of norms to zero that are zero but for rounding, in float64.
+
+    In training such is the bias of a norm without an activation that only convolutions and their norms see: these
+    subtract it again.
+    """
+
+    def to_zero(p: Tensor) -> None:
+        if p.grad is not None and float(p.grad.abs().max()) < 1e-10:
+            p.grad.zero_()
+
+    for m in model.double().modules():
+        if isinstance(m, nn.BatchNorm2d):
+            m.bias.register_post_accumulate_grad_hook(to_zero)
+    return model
 
 
 def assert_same(
