@@ -10,6 +10,7 @@ from convblocks.blocks.depthwise_conv2d import DepthwiseConv2d
 from convblocks.blocks.depthwise_separable_conv import DepthwiseSeparableConv
 from convblocks.blocks.eca import ECA
 from convblocks.blocks.fasternet import FasterNetBlock
+from convblocks.blocks.ghost import GhostBottleneck, GhostModule
 from convblocks.blocks.partial_conv import PartialConv
 from convblocks.blocks.resnet import BasicBlock, Bottleneck
 from convblocks.blocks.scse import SCSE, ChannelSE, SpatialSE
@@ -35,6 +36,8 @@ __all__ = [
     "DoubleConv",
     "EffectiveSqueezeExcite",
     "FasterNetBlock",
+    "GhostBottleneck",
+    "GhostModule",
     "PartialConv",
     "ShuffleNetV1Unit",
     "ShuffleNetV2Unit",

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -74,3 +76,14 @@ def assert_same(
             ours = ours.to(memory_format=torch.channels_last)
             got = output(ours(x.to(memory_format=torch.channels_last)))
             torch.testing.assert_close(got, expected, rtol=1e-4, atol=1e-4 * float(expected.abs().max()))
+
+
+def frozen(model: Any, names: str) -> Any:
+    """The model, whose parameters of names that end as this pattern have no gradient.
+
+    For biases that the norm after the next 1x1 convolution takes away again: in training their gradient is 0 but for
+    rounding, which no two implementations share.
+    """
+    for name, p in model.named_parameters():
+        p.requires_grad_(re.search(f"(?:{names})$", name) is None)
+    return model
