@@ -80,15 +80,17 @@ class Network(nn.Module):
     def feature_info(self) -> list[tuple[int, int]]:
         """Of the map at the end of each stage: channels, and how many of the image's pixels one stands for each way.
 
-        From a run without numbers.
+        From runs without numbers, by how much a larger image makes a map larger: without padding, a map lacks pixels.
         """
-        size = 32 * -(-max(256, 2 * self.least_size) // 32)
+        size, more = 32 * -(-max(256, 2 * self.least_size) // 32), 256
         tensors = {k: torch.empty_like(t, device="meta") for k, t in self.state_dict(keep_vars=True).items()}
-        maps = _Maps(self)
+        maps, given = _Maps(self), {f"network.{k}": t for k, t in tensors.items()}
         with torch.no_grad():
-            image = torch.empty(2, self.in_channels, size, size, device="meta")
-            found = torch.func.functional_call(maps, {f"network.{k}": t for k, t in tensors.items()}, image)
-        return [(m.shape[1], round(size / m.shape[2])) for m in found]
+            small, large = (
+                torch.func.functional_call(maps, given, torch.empty(2, self.in_channels, n, n, device="meta"))
+                for n in (size, size + more)
+            )
+        return [(a.shape[1], more // (b.shape[2] - a.shape[2])) for a, b in zip(small, large, strict=True)]
 
     def check(self, x: Tensor) -> None:
         if isinstance(x, torch.fx.Proxy) or isinstance(x.shape[0], Tensor):  # traced: sizes are not known

@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Callable
-from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -31,6 +29,23 @@ def parameters(name: str, **options: object) -> int:
     """How many the network of this name has."""
     with torch.device("meta"):
         return sum(p.numel() for p in create(name, **options).parameters())
+
+
+def without_rounding(model: nn.Module) -> nn.Module:
+    """Sets those gradients of the biases of norms to zero that are zero but for rounding, in float64.
+
+    In training such is the bias of a norm without an activation that only convolutions and their norms see: these
+    subtract it again.
+    """
+
+    def to_zero(p: Tensor) -> None:
+        if p.grad is not None and float(p.grad.abs().max()) < 1e-10:
+            p.grad.zero_()
+
+    for m in model.double().modules():
+        if isinstance(m, nn.BatchNorm2d):
+            m.bias.register_post_accumulate_grad_hook(to_zero)
+    return model
 
 
 def assert_same(
@@ -76,14 +91,3 @@ def assert_same(
             ours = ours.to(memory_format=torch.channels_last)
             got = output(ours(x.to(memory_format=torch.channels_last)))
             torch.testing.assert_close(got, expected, rtol=1e-4, atol=1e-4 * float(expected.abs().max()))
-
-
-def frozen(model: Any, names: str) -> Any:
-    """The model, whose parameters of names that end as this pattern have no gradient.
-
-    For biases that the norm after the next 1x1 convolution takes away again: in training their gradient is 0 but for
-    rounding, which no two implementations share.
-    """
-    for name, p in model.named_parameters():
-        p.requires_grad_(re.search(f"(?:{names})$", name) is None)
-    return model
