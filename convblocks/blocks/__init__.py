@@ -10,6 +10,7 @@ from convblocks.blocks.depthwise_conv2d import DepthwiseConv2d
 from convblocks.blocks.depthwise_separable_conv import DepthwiseSeparableConv
 from convblocks.blocks.eca import ECA
 from convblocks.blocks.fasternet import FasterNetBlock
+from convblocks.blocks.fire import Fire
 from convblocks.blocks.ghost import GhostBottleneck, GhostModule
 from convblocks.blocks.partial_conv import PartialConv
 from convblocks.blocks.resnet import BasicBlock, Bottleneck
@@ -36,6 +37,7 @@ __all__ = [
     "DoubleConv",
     "EffectiveSqueezeExcite",
     "FasterNetBlock",
+    "Fire",
     "GhostBottleneck",
     "GhostModule",
     "PartialConv",
