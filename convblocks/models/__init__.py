@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
-from convblocks.models import deeplab, ghostnets, resnet, squeezenet, unets  # noqa: F401
+from convblocks.models import deeplab, ghostnets, resnet, shufflenet, squeezenet, unets  # noqa: F401
 from convblocks.models.network import Network
 from convblocks.models.registry import ENTRIES, function, unknown
 
