@@ -12,6 +12,8 @@ from convblocks.blocks.depthwise_conv2d import DepthwiseConv2d
 from convblocks.blocks.depthwise_separable_conv import DepthwiseSeparableConv
 from convblocks.blocks.eca import ECA
 from convblocks.blocks.fasternet import FasterNetBlock
+from convblocks.blocks.fire import Fire
+from convblocks.blocks.ghost import GhostBottleneck, GhostModule
 from convblocks.blocks.inception import (
     InceptionBranches,
     InceptionV1Module,
@@ -67,7 +69,10 @@ __all__ = [
     "DoubleConv",
     "EffectiveSqueezeExcite",
     "FasterNetBlock",
+    "Fire",
     "FusedMBConv",
+    "GhostBottleneck",
+    "GhostModule",
     "InceptionBranches",
     "InceptionReductionA",
     "InceptionResNetA",

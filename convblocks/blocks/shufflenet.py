@@ -5,8 +5,11 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from convblocks.blocks.arguments import positive
+from convblocks.blocks.attention import Attention, attention_layer
+from convblocks.blocks.batch_norm_act import BatchNormAct2d
 from convblocks.blocks.channel_shuffle import ChannelShuffle
 from convblocks.blocks.depthwise_conv2d import DepthwiseConv2d
+from convblocks.blocks.drop_path import check_drop_path, drop_path
 from convblocks.ops.concat_shuffle import concat_shuffle
 
 
@@ -23,12 +26,14 @@ class ShuffleNetV2Unit(nn.Module):
         in_channels, out_channels: even numbers; the same for stride 1.
         stride: 1 to 3.
         kernel_size: of the depthwise convolutions, odd.
-        device, dtype: of the parameters.
+        attention: at the end of the branch of three convolutions: a name ("se", "eca", "cbam", ...), what makes a
+            module for C channels, or None.
+        device, dtype: of the parameters, but for those of the attention.
 
     Shape: (N, in_channels, H, W) to (N, out_channels, H', W'), H / stride and W / stride rounded up.
 
     Raises:
-        ValueError: channels or a stride that do not fit.
+        ValueError: channels or a stride that do not fit, an unknown attention.
 
     Example:
         >>> y = convblocks.ShuffleNetV2Unit(116, 116)(torch.randn(2, 116, 28, 28))
@@ -41,6 +46,7 @@ class ShuffleNetV2Unit(nn.Module):
         stride: int = 1,
         *,
         kernel_size: int = 3,
+        attention: Attention = None,
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
     ) -> None:
@@ -57,24 +63,38 @@ class ShuffleNetV2Unit(nn.Module):
         self.stride = stride
         half = out // 2
 
-        def pointwise(channels: int) -> list[nn.Module]:
+        def norm(channels: int, activation: str) -> nn.Module:
+            return BatchNormAct2d(channels, activation, inplace=True, device=device, dtype=dtype)
+
+        def pointwise(channels: int) -> list[nn.Module]:  # the last stands for the activation in the keys
             conv = nn.Conv2d(channels, half, 1, bias=False, device=device, dtype=dtype)
-            return [conv, nn.BatchNorm2d(half, device=device, dtype=dtype), nn.ReLU(inplace=True)]
+            return [conv, norm(half, "relu"), nn.Identity()]
 
         def depthwise(channels: int) -> list[nn.Module]:
             conv = DepthwiseConv2d(
                 channels, channels, kernel_size, stride, kernel_size // 2, bias=False, device=device, dtype=dtype
             )
-            return [conv, nn.BatchNorm2d(channels, device=device, dtype=dtype)]
+            return [conv, norm(channels, "none")]
 
         self.branch1 = nn.Sequential(*depthwise(c), *pointwise(c)) if stride > 1 else nn.Sequential()
         self.branch2 = nn.Sequential(*pointwise(c if stride > 1 else half), *depthwise(half), *pointwise(half))
+        self.se = attention_layer(name, attention, half)
 
     def forward(self, x: Tensor) -> Tensor:
-        if self.stride > 1:
-            return concat_shuffle((self.branch1(x), self.branch2(x)), 2)
-        first, second = x.chunk(2, 1)
-        return concat_shuffle((first, self.branch2(second)), 2)
+        first, second = (self.branch1(x), x) if self.stride > 1 else x.chunk(2, 1)
+        second = self.branch2(second)
+        return concat_shuffle((first, second if self.se is None else self.se(second)), 2)
+
+
+class _LastLayers(nn.Sequential):
+    """A convolution and its norm, to which a residual can be given."""
+
+    chains = (("0", "1"),)
+
+    def forward(self, x: Tensor, residual: Tensor | None = None) -> Tensor:
+        conv, norm = self
+        y: Tensor = norm(conv(x), residual)
+        return y
 
 
 class ShuffleNetV1Unit(nn.Module):
@@ -91,12 +111,15 @@ class ShuffleNetV1Unit(nn.Module):
         first_groups: of the first one, where it has others: 1 in the first unit of the network.
         stride: 1 or 2.
         shuffle: "paper": before the depthwise convolution; "megvii": after it, and the other way round.
-        device, dtype: of the parameters.
+        attention: after the last norm of the branch, before the activation: a name ("se", "eca", "cbam", ...), what
+            makes a module for C channels, or None.
+        drop_path: the probability with which a sample skips the branch in training; only with stride 1.
+        device, dtype: of the parameters, but for those of the attention.
 
     Shape: (N, in_channels, H, W) to (N, out_channels, H', W'), H / stride and W / stride rounded up.
 
     Raises:
-        ValueError: channels, groups or a stride that do not fit, or an unknown shuffle.
+        ValueError: channels, groups or a stride that do not fit; an unknown shuffle or attention.
 
     Example:
         >>> y = convblocks.ShuffleNetV1Unit(240, 240, groups=3)(torch.randn(2, 240, 28, 28))
@@ -111,6 +134,8 @@ class ShuffleNetV1Unit(nn.Module):
         *,
         first_groups: int | None = None,
         shuffle: str = "paper",
+        attention: Attention = None,
+        drop_path: float = 0.0,
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
     ) -> None:
@@ -133,28 +158,35 @@ class ShuffleNetV1Unit(nn.Module):
         for what, channels in (("a quarter of out_channels", mid), ("the channels it makes", made)):
             if channels % g:
                 raise ValueError(f"{name}: expected groups that divide {what}, {channels}, got {g}")
-        self.stride, self.paper = stride, shuffle == "paper"
+        if check_drop_path(name, drop_path) > 0 and stride == 2:
+            raise ValueError(f"{name}: expected drop_path of 0 with a stride of 2, got {drop_path}")
+        self.stride, self.groups, self.paper, self.drop_path = stride, g, shuffle == "paper", drop_path
         self.channel_shuffle = ChannelShuffle(g, inverse=not self.paper)
+        self.se = attention_layer(name, attention, made)
 
-        def norm(channels: int) -> nn.Module:
-            return nn.BatchNorm2d(channels, device=device, dtype=dtype)
+        def norm(channels: int, activation: str) -> nn.Module:
+            return BatchNormAct2d(channels, activation, inplace=True, device=device, dtype=dtype)
 
         def pointwise(channels: int, to: int, groups: int) -> nn.Module:
             return nn.Conv2d(channels, to, 1, groups=groups, bias=False, device=device, dtype=dtype)
 
         depthwise = DepthwiseConv2d(mid, mid, 3, stride, 1, bias=False, device=device, dtype=dtype)
         self.branch_main_1 = nn.Sequential(
-            pointwise(c, mid, first), norm(mid), nn.ReLU(inplace=True), depthwise, norm(mid)
+            pointwise(c, mid, first), norm(mid, "relu"), nn.Identity(), depthwise, norm(mid, "none")
         )
-        self.branch_main_2 = nn.Sequential(pointwise(mid, made, g), norm(made))
+        alone = self.se is None and drop_path == 0  # the norm ends the branch, with its activation
+        self.branch_main_2 = _LastLayers(pointwise(mid, made, g), norm(made, "relu" if alone else "none"))
 
     def forward(self, x: Tensor) -> Tensor:
         y = x
         for i, layer in enumerate(self.branch_main_1):
             y = layer(y)
-            if i == (2 if self.paper else 4):
+            if i == (2 if self.paper else 4) and self.groups > 1:
                 y = self.channel_shuffle(y)
-        y = self.branch_main_2(y)
-        if self.stride == 1:
-            return F.relu(x + y)
-        return torch.cat((F.avg_pool2d(x, 3, 2, 1), F.relu(y)), 1)
+        if self.se is None and self.drop_path == 0:
+            y = self.branch_main_2(y, x if self.stride == 1 else None)
+        else:
+            y = self.branch_main_2(y)
+            y = drop_path(y if self.se is None else self.se(y), self.drop_path, self.training)
+            y = F.relu(x + y if self.stride == 1 else y, inplace=self.stride == 1)
+        return y if self.stride == 1 else torch.cat((F.avg_pool2d(x, 3, 2, 1), y), 1)
