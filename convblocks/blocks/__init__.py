@@ -11,6 +11,7 @@ from convblocks.blocks.depthwise_conv2d import DepthwiseConv2d
 from convblocks.blocks.depthwise_separable_conv import DepthwiseSeparableConv
 from convblocks.blocks.eca import ECA
 from convblocks.blocks.fasternet import FasterNetBlock
+from convblocks.blocks.parnet import ParNetBlock, ParNetFusion
 from convblocks.blocks.partial_conv import PartialConv
 from convblocks.blocks.res2net import Res2NetBottleneck
 from convblocks.blocks.resnet import BasicBlock, Bottleneck
@@ -37,6 +38,8 @@ __all__ = [
     "DepthwiseSeparableConv",
     "EffectiveSqueezeExcite",
     "FasterNetBlock",
+    "ParNetBlock",
+    "ParNetFusion",
     "PartialConv",
     "Res2NetBottleneck",
     "ShuffleNetV1Unit",

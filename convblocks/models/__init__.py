@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
-from convblocks.models import darknet, densenet, fasternet, res2net, resnet  # noqa: F401
+from convblocks.models import darknet, densenet, fasternet, parnet, res2net, resnet  # noqa: F401
 from convblocks.models.network import Network
 from convblocks.models.registry import ENTRIES, function, unknown
 
