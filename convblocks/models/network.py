@@ -50,6 +50,8 @@ class Network(nn.Module):
             positive(self.name, "num_classes", num_classes)
         self.num_classes = num_classes
         self.features_only = False
+        if not hasattr(type(self), "head"):
+            self.head = ()  # until a layer takes the name
 
     def sequence(self) -> list[list[Any]]:
         """The stages, the first with the stem."""
