@@ -38,6 +38,7 @@ from convblocks.blocks.inception_v4 import (
     InceptionV4ReductionB,
 )
 from convblocks.blocks.inverted_residual import FusedMBConv, InvertedResidual, MBConv
+from convblocks.blocks.parnet import ParNetBlock, ParNetFusion
 from convblocks.blocks.partial_conv import PartialConv
 from convblocks.blocks.res2net import Res2NetBottleneck
 from convblocks.blocks.resnet import BasicBlock, Bottleneck
@@ -92,6 +93,8 @@ __all__ = [
     "InceptionV4ReductionB",
     "InvertedResidual",
     "MBConv",
+    "ParNetBlock",
+    "ParNetFusion",
     "PartialConv",
     "Res2NetBottleneck",
     "ShuffleNetV1Unit",

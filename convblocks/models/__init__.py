@@ -21,6 +21,7 @@ from convblocks.models import (  # noqa: F401
     inception_resnet,
     inceptions_v4,
     mobilenets,
+    parnet,
     res2net,
     resnet,
     shufflenet,

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 import timm
 import torch
@@ -20,7 +22,11 @@ def test_parameters() -> None:
     assert parameters("darknet53") == 41_609_928
 
 
-def _with_slope(model: nn.Module, slope: float) -> nn.Module:
+def _timms(name: str, slope: float = 0.01) -> nn.Module:
+    """Theirs with an eighth of the channels."""
+    cfg = timm.models.cspnet.model_cfgs[name]
+    narrow = replace(cfg, stem=replace(cfg.stem, out_chs=4), stages=replace(cfg.stages, out_chs=(8, 16, 32, 64, 128)))
+    model = timm.models.cspnet.CspNet(narrow, num_classes=10)
     for m in model.modules():
         if isinstance(m, nn.LeakyReLU):
             m.negative_slope = slope
@@ -29,13 +35,13 @@ def _with_slope(model: nn.Module, slope: float) -> nn.Module:
 
 @pytest.mark.parametrize("slope", [0.01, 0.1])
 def test_is_timms(slope: float) -> None:
-    """But for the slope, which theirs has smaller. One with fewer blocks has all gradients compared."""
-    theirs = randomised(lambda: _with_slope(timm.create_model("darknet21", num_classes=10), slope))
-    ours = create("darknet53", layers=(1, 1, 1, 2, 2), negative_slope=slope, num_classes=10)
-    assert_same(ours, theirs, "timm", torch.randn(2, 3, 32, 32))
+    """But for the slope, which theirs has smaller."""
+    theirs = randomised(lambda: _timms("darknet53", slope))
+    ours = create("darknet53", width=4, negative_slope=slope, num_classes=10)
+    assert_same(ours, theirs, "timm", torch.randn(2, 3, 64, 64))
 
 
-def test_of_full_depth_is_timms() -> None:
+def test_of_full_width_is_timms() -> None:
     with torch.device("meta"):
         ours, theirs = create("darknet53", negative_slope=0.01), timm.create_model("darknet53")
     ours, theirs = ours.to_empty(device="cpu").eval(), theirs.to_empty(device="cpu").eval()
@@ -58,9 +64,11 @@ def test_attention_is_timms() -> None:
     def attention(channels: int) -> nn.Module:
         return convblocks.SqueezeExcite(channels, act_layer="leaky_relu")
 
-    theirs = randomised(lambda: timm.create_model("sedarknet21", num_classes=10))
-    ours = create("darknet53", layers=(1, 1, 1, 2, 2), attention=attention, negative_slope=0.01, num_classes=10)
-    assert_same(ours, theirs, "timm", torch.randn(2, 3, 32, 32))
+    theirs = randomised(lambda: _timms("sedarknet21"))
+    ours = create(
+        "darknet53", width=4, layers=(1, 1, 1, 2, 2), attention=attention, negative_slope=0.01, num_classes=10
+    )
+    assert_same(ours, theirs, "timm", torch.randn(2, 3, 64, 64))
 
 
 def test_maps() -> None:
@@ -141,6 +149,16 @@ def test_its_stages_and_head_are_layers() -> None:
     torch.testing.assert_close(y, model(x) + model.head["fc"].bias)
     assert not hasattr(model.without_head(), "head")
     assert not [key for key in model.state_dict() if key.startswith("head")]
+
+
+def test_a_network_needs_no_head() -> None:
+    class Bare(convblocks.models.Network):
+        def trunk(self) -> list[list[nn.Module]]:
+            return [[nn.Identity()]]
+
+    x = torch.randn(1, 3, 4, 4)
+    assert Bare(2, 3).head == ()
+    assert torch.equal(Bare(2, 3).without_head()(x)[0], x)
 
 
 def test_block_is_its_formula() -> None:
