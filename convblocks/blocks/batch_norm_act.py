@@ -83,7 +83,8 @@ class BatchNormAct2d(nn.BatchNorm2d):
             y = y if residual is None else y + residual
         else:
             self._check_input_dim(x)
-            fused = "none" if slope != 0.01 else name
+            slow = name == "gelu" and x.device.type == "cpu"  # whose kernel computes it number by number
+            fused = "none" if slow or slope != 0.01 else name
             scale, shift = scale_shift(self)
             if not self.inplace or torch.is_grad_enabled() or torch.compiler.is_compiling() or x.numel() < _LARGE:
                 y = operator(x, scale, shift, residual, fused)
