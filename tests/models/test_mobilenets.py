@@ -35,10 +35,10 @@ def test_parameters(name: str, options: dict[str, Any], count: int) -> None:
     assert parameters(name, **options) == count
 
 
-@pytest.mark.parametrize("name", ["mobilenet_v2", "mobilenet_v3_small"])
-def test_is_torchvisions(name: str) -> None:
-    theirs = randomised(lambda: getattr(torchvision.models, name)(dropout=0.0))
-    ours = without_rounding(create(name, drop_rate=0.0))
+@pytest.mark.parametrize(("name", "width"), [("mobilenet_v2", 0.35), ("mobilenet_v3_small", 1.0)])
+def test_is_torchvisions(name: str, width: float) -> None:
+    theirs = randomised(lambda: getattr(torchvision.models, name)(dropout=0.0, width_mult=width))
+    ours = without_rounding(create(name, drop_rate=0.0, width=width))
     assert_same(ours, without_rounding(theirs), "torchvision", torch.randn(*IMAGES))
 
 
