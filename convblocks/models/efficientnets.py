@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Sequence
 from functools import partial
 from typing import Any
@@ -9,18 +10,48 @@ from torch import nn
 
 from convblocks.blocks.attention import Attention
 from convblocks.blocks.conv_norm_act import ConvNormAct
-from convblocks.blocks.convert import Layout
+from convblocks.blocks.convert import Layout, StateDict
 from convblocks.blocks.inverted_residual import FusedMBConv, MBConv
 from convblocks.models.features import FeaturesNetwork, classifier_step, timm_step
 from convblocks.models.network import classifier
 from convblocks.models.registry import register
+
+_IN_ROW = ("expand_conv", "dwconv", "se", "project_conv")
+_IN_LAYER = {"conv": "0", "bn": "1", "conv_reduce": "fc1", "conv_expand": "fc2"}
+_ROW = re.compile(rf"(blocks\.(\d+)\.({'|'.join(_IN_ROW)})|stem|head\.project_conv)\.(\w+)\.(\w+)")
+
+
+def _row_step(sd: StateDict) -> StateDict:
+    """The step for blocks in one row; a stage begins where the channels change."""
+    found = [(_ROW.fullmatch(key), key, value) for key, value in sd.items()]
+    blocks: dict[int, set[str]] = {}
+    for m, _, _ in found:
+        if m and m[2]:
+            blocks.setdefault(int(m[2]), set()).add(m[3])
+    if not blocks:
+        return sd
+    to: dict[str, str] = {}
+    stage, i, before = 0, 0, 0
+    for block, names in sorted(blocks.items()):
+        out = len(sd.get(f"blocks.{block}.project_conv.conv.weight", ()))
+        stage, i, before = (stage, i + 1, out) if out == before else (stage + 1, 0, out)
+        for k, name in enumerate(name for name in _IN_ROW if name in names):
+            to[f"blocks.{block}.{name}"] = f"features.{stage}.{i}.block.{k}"
+    to |= {"stem": "features.0", "head.project_conv": f"features.{stage + 1}"}
+    converted = {}
+    for m, key, value in found:
+        if m:
+            key = f"{to[m[1]]}.{_IN_LAYER.get(m[4], m[4])}.{m[5]}"
+        converted[key.replace("head.classifier.", "classifier.1.")] = value
+    return converted
 
 
 class EfficientNetV2(FeaturesNetwork):
     """EfficientNetV2: dense blocks in the first stages, then MBConv with squeeze-excite.
 
     Tan and Le, "EfficientNetV2: Smaller Models and Faster Training", arXiv 2104.00298. The keys of the state dict are
-    those of torchvision; those of timm's efficientnetv2_s, _m and _l are read, whose norms have ``norm_eps=1e-5``.
+    those of torchvision; those of WZMIAOMIAO's (deep-learning-for-image-processing) are read, and those of timm's
+    efficientnetv2_s, _m and _l, whose norms have ``norm_eps=1e-5``.
 
     Args:
         settings: of each stage: whether it is dense, the factor of the expansion, channels, blocks, and the stride of
@@ -42,7 +73,10 @@ class EfficientNetV2(FeaturesNetwork):
         >>> y = model(torch.randn(1, 3, 64, 64))
     """
 
-    layouts = (Layout("timm", (classifier_step("classifier", "classifier.1"), timm_step("block", nested=True))),)
+    layouts = (
+        Layout("timm", (classifier_step("classifier", "classifier.1"), timm_step("block", nested=True))),
+        Layout("wzmiaomiao", (_row_step,)),
+    )
 
     def __init__(
         self,

@@ -103,3 +103,34 @@ class FeaturesNetwork(Network):
             if isinstance(layer, nn.Linear):
                 nn.init.normal_(layer.weight, 0, 0.01)
                 nn.init.zeros_(layer.bias)
+
+
+_UNIT = re.compile(r"features\.stage(\d+)\.unit(\d+)\.conv(\d)\.(conv|bn)\.(.+)")
+
+
+def pytorchcv_mobilenet_v2(sd: StateDict) -> StateDict:
+    """The step for pytorchcv's mobilenetv2b, whose classifier is a convolution without a bias."""
+    found = [(_UNIT.fullmatch(key), key, value) for key, value in sd.items()]
+    firsts: dict[tuple[int, int], int] = {}
+    for m, _, _ in found:
+        if m:
+            unit = int(m[1]), int(m[2])
+            firsts[unit] = min(int(m[3]), firsts.get(unit, 3))
+    if not firsts:
+        return sd
+    places = {unit: k for k, unit in enumerate(sorted(firsts), 1)}
+    converted = {}
+    for m, key, value in found:
+        if m:
+            unit, conv, is_norm = (int(m[1]), int(m[2])), int(m[3]), int(m[4] == "bn")
+            i = conv - firsts[unit]
+            key = f"features.{places[unit]}.conv.{i + is_norm if conv == 3 else f'{i}.{is_norm}'}.{m[5]}"
+        elif key == "output.weight":
+            key, value = "classifier.1.weight", value.flatten(1)
+            converted["classifier.1.bias"] = value.new_zeros(len(value))
+        for old, place in (("init_block", 0), ("final_block", len(firsts) + 1)):
+            for i, layer in enumerate(("conv", "bn")):
+                if key.startswith(f"features.{old}.{layer}."):
+                    key = f"features.{place}.{i}." + key.rpartition(".")[2]
+        converted[key] = value
+    return converted

@@ -13,7 +13,7 @@ from convblocks.blocks.conv_norm_act import ConvNormAct
 from convblocks.blocks.convert import Layout
 from convblocks.blocks.depthwise_separable_conv import DepthwiseSeparableConv
 from convblocks.blocks.inverted_residual import InvertedResidual, make_divisible
-from convblocks.models.features import FeaturesNetwork, classifier_step, timm_step
+from convblocks.models.features import FeaturesNetwork, classifier_step, pytorchcv_mobilenet_v2, timm_step
 from convblocks.models.network import Network, classifier
 from convblocks.models.registry import register
 
@@ -105,7 +105,8 @@ class MobileNetV2(FeaturesNetwork):
     """MobileNetV2: inverted residuals.
 
     Sandler et al., "MobileNetV2: Inverted Residuals and Linear Bottlenecks", arXiv 1801.04381. The keys of the state
-    dict are those of torchvision; those of timm are read.
+    dict are those of torchvision; those of timm and of pytorchcv's mobilenetv2b are
+    read.
 
     Args:
         num_classes: 0: the pooled features.
@@ -126,7 +127,10 @@ class MobileNetV2(FeaturesNetwork):
         >>> y = model(torch.randn(2, 3, 64, 64))
     """
 
-    layouts = (Layout("timm", (classifier_step("classifier", "classifier.1"), timm_step("conv", flat=True))),)
+    layouts = (
+        Layout("timm", (classifier_step("classifier", "classifier.1"), timm_step("conv", flat=True))),
+        Layout("pytorchcv", (pytorchcv_mobilenet_v2,)),
+    )
 
     # Of the stages: the factor of the expansion, channels, blocks, and the stride of the first.
     SETTINGS = (

@@ -6,6 +6,7 @@ import copy
 import pickle
 import sys
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import pytest
@@ -86,6 +87,16 @@ def test_depthwise_separable_is_timms(stride: int, layout: torch.memory_format, 
     theirs = _timm_depthwise_separable(stride=stride, dw_kernel_size=5).double().to(device)
     ours = convblocks.DepthwiseSeparableConv(8, 12, 5, stride, dtype=torch.float64, device=device)
     _assert_same(ours, theirs, torch.randn(3, 8, 9, 7, dtype=torch.float64, device=device).to(memory_format=layout))
+
+
+def test_depthwise_separable_has_attention_where_timms_has(backend: str, device: str) -> None:
+    se = timm.models._efficientnet_blocks.SqueezeExcite
+    theirs = made(lambda: _timm_depthwise_separable(se_layer=partial(se, rd_ratio=0.5))).double().to(device).eval()
+    attention = partial(convblocks.SqueezeExcite, squeeze_channels=4, act_layer="relu6", dtype=torch.float64)
+    ours = convblocks.DepthwiseSeparableConv(8, 12, attention=attention, dtype=torch.float64).to(device).eval()
+    ours.load_state_dict(convblocks.convert_state_dict(theirs.state_dict(), "timm", ours))
+    x = torch.randn(3, 8, 9, 7, dtype=torch.float64, device=device)
+    torch.testing.assert_close(ours(x), theirs(x))
 
 
 def test_depthwise_separable_flavours(backend: str, device: str) -> None:
@@ -183,6 +194,10 @@ def test_shufflenet_v1(c: int, out: int, groups: int, stride: int, shuffle: str,
             "DepthwiseConv2d: expected padding_mode zeros for padding same, got reflect",
         ),
         (lambda: convblocks.DepthwiseSeparableConv(0, 6), "expected in_channels to be a positive"),
+        (
+            lambda: convblocks.DepthwiseSeparableConv(4, 6, attention="sea"),
+            "DepthwiseSeparableConv: expected attention to be one of .*, got sea",
+        ),
         (lambda: convblocks.PartialConv(8, 9), "PartialConv: expected n_div of at most 8, the channels, got 9"),
         (lambda: convblocks.PartialConv(8, 4, "cat"), "expected forward to be one of split_cat, slicing, got"),
         (lambda: convblocks.PartialConv(8, kernel_size=2), "PartialConv: expected an odd kernel_size, got 2"),

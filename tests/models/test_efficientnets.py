@@ -112,3 +112,22 @@ def test_folds() -> None:
         report = convblocks.accelerate(model, fold_bn=True)
         torch.testing.assert_close(model(x), expected, rtol=1e-4, atol=1e-4 * float(expected.abs().max()))
     assert len([m for m in model.modules() if type(m).__name__ == "FoldedOwnBatchNormAct2d"]) == norms, str(report)
+
+
+def test_keys_of_one_row() -> None:
+    """As WZMIAOMIAO's network has its blocks: in one row, without stages."""
+    model = EfficientNetV2(SHORT, num_classes=3)
+    names = ("expand_conv", "dwconv", "se", "project_conv")
+    layers = {"stem": model.features[0], "head.project_conv": model.features[-1]}
+    for i, block in enumerate(block for stage in list(model.features)[1:-1] for block in stage):
+        parts = list(block.block)  # one, two, or four
+        own = names[-1:] if len(parts) == 1 else names[:: 5 - len(parts)]
+        layers |= {f"blocks.{i}.{name}": part for name, part in zip(own, parts, strict=True)}
+    theirs = {f"head.classifier.{key}": t for key, t in model.classifier[1].state_dict().items()}
+    for name, layer in layers.items():
+        pair = ("conv_reduce", "conv_expand") if name.endswith("se") else ("conv", "bn")
+        for inner, module in zip(pair, layer.children(), strict=True):
+            theirs |= {f"{name}.{inner}.{key}": t for key, t in module.state_dict().items()}
+    converted = convblocks.convert_state_dict(theirs, model=model)
+    for key, t in model.state_dict().items():
+        assert torch.equal(converted[key], t), key

@@ -35,10 +35,10 @@ def test_parameters(name: str, options: dict[str, Any], count: int) -> None:
     assert parameters(name, **options) == count
 
 
-@pytest.mark.parametrize("name", ["mobilenet_v2", "mobilenet_v3_small"])
-def test_is_torchvisions(name: str) -> None:
-    theirs = randomised(lambda: getattr(torchvision.models, name)(dropout=0.0))
-    ours = without_rounding(create(name, drop_rate=0.0))
+@pytest.mark.parametrize(("name", "width"), [("mobilenet_v2", 0.35), ("mobilenet_v3_small", 1.0)])
+def test_is_torchvisions(name: str, width: float) -> None:
+    theirs = randomised(lambda: getattr(torchvision.models, name)(dropout=0.0, width_mult=width))
+    ours = without_rounding(create(name, drop_rate=0.0, width=width))
     assert_same(ours, without_rounding(theirs), "torchvision", torch.randn(*IMAGES))
 
 
@@ -153,3 +153,26 @@ def test_refuses_widths() -> None:
     ):
         with pytest.raises(ValueError, match=f"{network}: expected a positive width, got -1"):
             create(name, width=-1)
+
+
+def test_keys_of_pytorchcv() -> None:
+    """Of mobilenetv2b, in which each unit has its own convolutions."""
+    model = create("mobilenet_v2", num_classes=3)
+    stages = [[(1, 1)], [(2, 2)], [(4, 3)], [(7, 4), (11, 3)], [(14, 3), (17, 1)]]  # of ours: the first, and how many
+    theirs = {}
+    for s, parts in enumerate(stages, 1):
+        for u, k in enumerate((i for first, count in parts for i in range(first, first + count)), 1):
+            conv = model.features[k].conv
+            layers = (
+                [conv[0][0], conv[0][1], conv[1][0], conv[1][1], conv[2], conv[3]] if k > 1 else [*conv[0], *conv[1:]]
+            )
+            for i, layer in enumerate(layers):
+                name = f"features.stage{s}.unit{u}.conv{i // 2 + (1 if k > 1 else 2)}.{('conv', 'bn')[i % 2]}"
+                theirs |= {f"{name}.{key}": t for key, t in layer.state_dict().items()}
+    for name, block in (("init_block", model.features[0]), ("final_block", model.features[18])):
+        for layer, module in zip(("conv", "bn"), block, strict=True):
+            theirs |= {f"features.{name}.{layer}.{key}": t for key, t in module.state_dict().items()}
+    theirs["output.weight"] = model.classifier[1].weight.detach()[:, :, None, None]
+    converted = convblocks.convert_state_dict(theirs, model=model)
+    for key, t in model.state_dict().items():
+        assert torch.equal(converted[key], t), key
