@@ -291,8 +291,12 @@ def _ending(run: Run) -> Forward:
         fold: Fold = self.fold
         if not fold.active(self, x):
             y: Tensor = self.unfused(x, residual)
-        else:
-            y = self.end(x, residual) if fold.ends else x
+            return y
+        if residual is not None and not fold.ends:
+            raise RuntimeError(
+                "BatchNormAct2d: expected no residual in a Sequential that is folded, got one: revert it"
+            )
+        y = self.end(x, residual) if fold.ends else x
         return y
 
     return forward

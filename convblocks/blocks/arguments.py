@@ -93,7 +93,7 @@ def ignore(block: str, keywords: dict[str, Any]) -> None:
         raise TypeError(f"{block}: got an unexpected keyword {unknown[0]}")
 
 
-def make_divisible(value: float, divisor: int) -> int:
+def make_divisible(value: float, divisor: int = 8) -> int:
     """The nearest multiple of ``divisor``, at least one, and the next if that is less than 0.9 of ``value``: as
     MobileNets' channels are rounded."""
     rounded = max(divisor, int(value + divisor / 2) // divisor * divisor)

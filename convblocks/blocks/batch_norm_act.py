@@ -34,6 +34,12 @@ def scale_shift(norm: nn.BatchNorm2d, bias: Tensor | None = None) -> tuple[Tenso
     return scale, -mean * scale if beta is None else torch.addcmul(beta, mean, scale, value=-1)
 
 
+def _may_be_written(x: Tensor) -> bool:
+    if torch.is_grad_enabled() or torch.compiler.is_compiling() or x.numel() < _LARGE:
+        return False
+    return not torch._C._functorch.is_functorch_wrapped_tensor(x)
+
+
 class BatchNormAct2d(nn.BatchNorm2d):
     """Batch norm with what follows it in a network: perhaps a residual that is added, then an activation.
 
@@ -83,17 +89,19 @@ class BatchNormAct2d(nn.BatchNorm2d):
         return None if other else self.activation_name
 
     def forward(self, x: Tensor, residual: Tensor | None = None) -> Tensor:
-        mixed = residual is not None and not isinstance(x, torch.fx.Proxy) and residual.dtype != x.dtype  # by autocast
+        named = isinstance(x, torch.fx.Proxy)  # in a graph, where nothing else is known of it
+        mixed = residual is not None and not named and residual.dtype != x.dtype  # by autocast
         if self.training or self.running_mean is None or mixed or backends.selected == "reference":
             return self.end(super().forward(x), residual)
-        self._check_input_dim(x)
+        if not named:
+            self._check_input_dim(x)
         scale, shift = scale_shift(self)
-        slow = self.function == "gelu" and x.is_cpu  # whose kernel there computes it number by number
+        slow = self.function == "gelu" and (named or x.is_cpu)  # whose kernel there computes it number by number
         fused = "none" if slow or self.function is None else self.function
-        if not self.inplace or torch.is_grad_enabled() or torch.compiler.is_compiling() or x.numel() < _LARGE:
-            y = operator(x, scale, shift, residual, fused)
-        else:
+        if self.inplace and not named and _may_be_written(x):
             y = operator.run_inplace(x, scale, shift, residual, fused)
+        else:
+            y = operator(x, scale, shift, residual, fused)
         return y if fused == self.activation_name else self.end(y)
 
     def end(self, y: Tensor, residual: Tensor | None = None) -> Tensor:

@@ -6,35 +6,12 @@ from functools import partial
 import torch
 from torch import Tensor, nn
 
-from convblocks.blocks.arguments import Layer, positive
+from convblocks.blocks.arguments import Layer, make_divisible, positive
 from convblocks.blocks.attention import Attention, attention_layer
-from convblocks.blocks.batch_norm_act import BatchNormAct2d
+from convblocks.blocks.branch import Branch
 from convblocks.blocks.conv_norm_act import ConvNormAct
 from convblocks.blocks.drop_path import check_drop_path, drop_path
 from convblocks.blocks.squeeze_excite import SqueezeExcite
-
-
-def make_divisible(channels: float, divisor: int = 8) -> int:
-    """The nearest multiple of ``divisor`` that is not below nine tenths of ``channels``, at least one."""
-    nearest = max(divisor, int(channels + divisor / 2) // divisor * divisor)
-    return nearest if nearest >= 0.9 * channels else nearest + divisor
-
-
-class Branch(nn.Sequential):
-    """Layers of which the last, a norm or another branch, adds a residual."""
-
-    @property
-    def chains(self) -> tuple[tuple[str, str], ...]:
-        """The last convolution and its norm."""
-        *_, before, last = (None, *self._modules)
-        return ((before, last),) if before and isinstance(self[-1], BatchNormAct2d) else ()
-
-    def forward(self, input: Tensor, residual: Tensor | None = None) -> Tensor:
-        *layers, last = self
-        for layer in layers:
-            input = layer(input)
-        y: Tensor = last(input) if residual is None else last(input, residual)
-        return y
 
 
 class SkipBlock(nn.Module):

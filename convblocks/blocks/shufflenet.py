@@ -7,6 +7,7 @@ from torch import Tensor, nn
 from convblocks.blocks.arguments import positive
 from convblocks.blocks.attention import Attention, attention_layer
 from convblocks.blocks.batch_norm_act import BatchNormAct2d
+from convblocks.blocks.branch import Branch
 from convblocks.blocks.channel_shuffle import ChannelShuffle
 from convblocks.blocks.depthwise_conv2d import DepthwiseConv2d
 from convblocks.blocks.drop_path import check_drop_path, drop_path
@@ -84,17 +85,6 @@ class ShuffleNetV2Unit(nn.Module):
         first, second = (self.branch1(x), x) if self.stride > 1 else x.chunk(2, 1)
         second = self.branch2(second)
         return concat_shuffle((first, second if self.se is None else self.se(second)), 2)
-
-
-class _LastLayers(nn.Sequential):
-    """A convolution and its norm, to which a residual can be given."""
-
-    chains = (("0", "1"),)
-
-    def forward(self, x: Tensor, residual: Tensor | None = None) -> Tensor:
-        conv, norm = self
-        y: Tensor = norm(conv(x), residual)
-        return y
 
 
 class ShuffleNetV1Unit(nn.Module):
@@ -175,7 +165,7 @@ class ShuffleNetV1Unit(nn.Module):
             pointwise(c, mid, first), norm(mid, "relu"), nn.Identity(), depthwise, norm(mid, "none")
         )
         alone = self.se is None and drop_path == 0  # the norm ends the branch, with its activation
-        self.branch_main_2 = _LastLayers(pointwise(mid, made, g), norm(made, "relu" if alone else "none"))
+        self.branch_main_2 = Branch(pointwise(mid, made, g), norm(made, "relu" if alone else "none"))
 
     def forward(self, x: Tensor) -> Tensor:
         y = x

@@ -7,12 +7,13 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from convblocks.blocks.arguments import make_divisible
 from convblocks.blocks.attention import Attention
 from convblocks.blocks.batch_norm_act import BatchNormAct2d
 from convblocks.blocks.conv_norm_act import ConvNormAct
 from convblocks.blocks.convert import Layout
 from convblocks.blocks.depthwise_separable_conv import DepthwiseSeparableConv
-from convblocks.blocks.inverted_residual import InvertedResidual, make_divisible
+from convblocks.blocks.inverted_residual import InvertedResidual
 from convblocks.models.features import FeaturesNetwork, classifier_step, pytorchcv_mobilenet_v2, timm_step
 from convblocks.models.network import Network, classifier
 from convblocks.models.registry import register

@@ -117,3 +117,14 @@ def test_modes_of_inference_and_transforms_share_nothing() -> None:
         )
         torch.testing.assert_close(got, expected, rtol=1e-4, atol=1e-5)
     assert_same(fast, model, X)
+
+
+def test_a_residual_in_a_sequential() -> None:
+    """What a Sequential calls has none; whoever gives it one nevertheless is told."""
+    model = convblocks.ConvNormAct(3, 3).eval()
+    fast = folded(model)
+    with torch.no_grad():
+        torch.testing.assert_close(fast(X), model(X))
+        with pytest.raises(RuntimeError, match="BatchNormAct2d: expected no residual in a Sequential that is folded"):
+            fast.bn(fast.conv(X), X)
+    torch.testing.assert_close(fast.bn(fast.conv(X), X), model.bn(model.conv(X), X))

@@ -123,3 +123,14 @@ def test_copies_and_compiles(name: str) -> None:
     with torch.inference_mode():
         torch.testing.assert_close(exported(x), model(x), rtol=1e-4, atol=1e-5)
         torch.testing.assert_close(pickle.loads(pickle.dumps(model))(x), model(x))
+
+
+def test_symbolic_trace_and_vmap() -> None:
+    for name in ("resnet18", "mobilenet_v2", "fasternet_t0"):
+        model = create(name, num_classes=5).eval()
+        x = torch.randn(2, 3, 96, 96)
+        with torch.no_grad():
+            expected = model(x)
+            torch.testing.assert_close(torch.fx.symbolic_trace(model)(x), expected)
+            got = torch.func.vmap(model)(x[None])[0]
+        torch.testing.assert_close(got, expected, rtol=1e-4, atol=1e-5)
