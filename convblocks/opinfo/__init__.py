@@ -5,6 +5,7 @@ from convblocks.opinfo import (
     concat_shuffle,
     depthwise_conv2d,
     eca,
+    global_context,
     partial_conv2d,
     scale_shift_act,
     simam,
@@ -19,6 +20,7 @@ _MODULES = (
     channel_shuffle,
     concat_shuffle,
     depthwise_conv2d,
+    global_context,
     partial_conv2d,
     scale_shift_act,
 )

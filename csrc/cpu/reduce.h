@@ -117,31 +117,37 @@ inline int64_t row_sums_size(int64_t pixels, int64_t c) {
   return pixel_chunks(pixels) * K * c;
 }
 
+// Those over the pixels in [begin, end) into `sums`.
+template <class T, int K, class F>
+CONVBLOCKS_LOOP inline void sum_rows_of(int64_t begin, int64_t end, int64_t c, Acc<T>* sums, F f) {
+  using A = Acc<T>;
+  constexpr int kStep = 4;
+  std::fill_n(sums, K * c, A(0));
+  const auto rows = [=]<int S>(int64_t p, std::integral_constant<int, S>) CONVBLOCKS_LOOP {
+    for_lanes<T>(c, [=](int64_t i, auto lanes) CONVBLOCKS_LOOP {
+      Vecs<A, K> acc = f(p, i, lanes);
+#pragma GCC unroll 4
+      for (int s = 1; s < S; s++) {
+        const Vecs<A, K> v = f(p + s, i, lanes);
+        for (int k = 0; k < K; k++) acc[k] += v[k];
+      }
+      for (int k = 0; k < K; k++) store(sums + k * c + i, load(sums + k * c + i, lanes) + acc[k], lanes);
+    });
+  };
+  int64_t p = begin;
+  for (; p + kStep <= end; p += kStep) rows(p, std::integral_constant<int, kStep>{});
+  for (; p < end; p++) rows(p, std::integral_constant<int, 1>{});
+}
+
 template <class T, int K, class F>
 CONVBLOCKS_LOOP inline void reduce_rows(const Team& team, int64_t pixels, int64_t c, Acc<T>* partial, Acc<T>* out,
                                         F f) {
   using A = Acc<T>;
-  constexpr int kStep = 4;
   const int64_t chunks = pixel_chunks(pixels);
   team.split(chunks, kPixelChunk * c, [=](int64_t first, int64_t last) {
     for (int64_t chunk = first; chunk < last; chunk++) {
-      A* sums = partial + chunk * K * c;
-      std::fill_n(sums, K * c, A(0));
       const int64_t end = std::min(pixels, (chunk + 1) * kPixelChunk);
-      int64_t p = chunk * kPixelChunk;
-      const auto rows = [=]<int S>(int64_t p, std::integral_constant<int, S>) CONVBLOCKS_LOOP {
-        for_lanes<T>(c, [=](int64_t i, auto lanes) CONVBLOCKS_LOOP {
-          Vecs<A, K> acc = f(p, i, lanes);
-#pragma GCC unroll 4
-          for (int s = 1; s < S; s++) {
-            const Vecs<A, K> v = f(p + s, i, lanes);
-            for (int k = 0; k < K; k++) acc[k] += v[k];
-          }
-          for (int k = 0; k < K; k++) store(sums + k * c + i, load(sums + k * c + i, lanes) + acc[k], lanes);
-        });
-      };
-      for (; p + kStep <= end; p += kStep) rows(p, std::integral_constant<int, kStep>{});
-      for (; p < end; p++) rows(p, std::integral_constant<int, 1>{});
+      sum_rows_of<T, K>(chunk * kPixelChunk, end, c, partial + chunk * K * c, f);
     }
   });
   for_lanes<A>(K * c, [=](int64_t i, auto lanes) {
