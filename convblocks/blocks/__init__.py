@@ -6,6 +6,7 @@ from convblocks.blocks.depthwise_conv2d import DepthwiseConv2d
 from convblocks.blocks.depthwise_separable_conv import DepthwiseSeparableConv
 from convblocks.blocks.eca import ECA
 from convblocks.blocks.fasternet import FasterNetBlock
+from convblocks.blocks.global_context import GlobalContext
 from convblocks.blocks.partial_conv import PartialConv
 from convblocks.blocks.shufflenet import ShuffleNetV1Unit, ShuffleNetV2Unit
 from convblocks.blocks.simam import SimAM
@@ -18,6 +19,7 @@ __all__ = [
     "DepthwiseSeparableConv",
     "EffectiveSqueezeExcite",
     "FasterNetBlock",
+    "GlobalContext",
     "PartialConv",
     "ShuffleNetV1Unit",
     "ShuffleNetV2Unit",

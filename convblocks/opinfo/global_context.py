@@ -49,7 +49,7 @@ def _bad_inputs(device: str) -> Iterator[BadInput]:
     def zeros(*size: int) -> Tensor:
         return torch.zeros(size, device=device)
 
-    none = {name: None for name in good if name.startswith("add_")}
+    none: dict[str, Any] = {name: None for name in good if name.startswith("add_")}
     yield refuse("the tensors of scale, of add or of both, got neither", **none)
     yield refuse("add_b1 with add_w1, got None", add_b1=None)
     yield refuse("add_w1 with add_b1, got None", add_w1=None)

@@ -2,8 +2,10 @@ from __future__ import annotations
 
 from typing import Any
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.autograd import forward_ad
 
 from convblocks.ops import checks
 from convblocks.ops.gate import ACTIVATIONS, GATES
@@ -22,6 +24,10 @@ def _is(t: MaybeTensor, *size: int) -> bool:
     return t is not None and tuple(t.shape) in (size, (*size, 1, 1))
 
 
+def _is_vector(t: MaybeTensor, length: int) -> bool:
+    return t is not None and tuple(t.shape) == (length,)
+
+
 def _check_transform(name: str, tensors: dict[str, MaybeTensor], c: int) -> None:
     given = [n for n, t in tensors.items() if t is not None]
     for n, t in tensors.items():
@@ -31,11 +37,11 @@ def _check_transform(name: str, tensors: dict[str, MaybeTensor], c: int) -> None
     t = tensors[w1]
     r = t.shape[0] if t is not None and t.dim() > 0 else 0
     checks.size(_OP, w1, t, r > 0 and _is(t, r, c), f"[R, {c}] or [R, {c}, 1, 1]")
-    checks.size(_OP, b1, tensors[b1], tensors[b1] is not None and tensors[b1].shape == (r,), f"[{r}]")
+    checks.size(_OP, b1, tensors[b1], _is_vector(tensors[b1], r), f"[{r}]")
     for n in (norm_weight, norm_bias):
         checks.size(_OP, n, tensors[n], _is(tensors[n], r), f"[{r}] or [{r}, 1, 1]")
     checks.size(_OP, w2, tensors[w2], _is(tensors[w2], c, r), f"[{c}, {r}] or [{c}, {r}, 1, 1]")
-    checks.size(_OP, b2, tensors[b2], tensors[b2] is not None and tensors[b2].shape == (c,), f"[{c}]")
+    checks.size(_OP, b2, tensors[b2], _is_vector(tensors[b2], c), f"[{c}]")
 
 
 def check(x: Tensor, *args: Any) -> None:
@@ -50,7 +56,7 @@ def check(x: Tensor, *args: Any) -> None:
     checks.size(_OP, "attn_weight", weight, _is(weight, 1, c), f"[1, {c}] or [1, {c}, 1, 1]")
     if weight is None and bias is not None:
         raise ValueError(f"{_OP}: expected attn_bias only with attn_weight, got attn_bias of size {list(bias.shape)}")
-    checks.size(_OP, "attn_bias", bias, bias is not None and tuple(bias.shape) == (1,), "[1]")
+    checks.size(_OP, "attn_bias", bias, _is_vector(bias, 1), "[1]")
     given = False
     for name in TRANSFORMS:
         transform = {n: t for n, t in tensors.items() if n.startswith(f"{name}_")}
@@ -68,28 +74,30 @@ def _context(x: Tensor, weight: MaybeTensor, bias: MaybeTensor) -> Tensor:
     if weight is None:
         return x.mean((2, 3))
     pixels = x.flatten(2)
-    logits = weight.flatten(1).to(x.dtype) @ pixels
+    logits = weight.reshape(1, 1, -1).to(x.dtype).expand(x.shape[0], -1, -1) @ pixels
     if bias is not None:
         logits = logits + bias.to(x.dtype)
-    return (pixels @ _softmax(logits).to(x.dtype).transpose(1, 2)).squeeze(2)
+    return (pixels @ _softmax(logits).transpose(1, 2)).squeeze(2)
 
 
-# Not torch's softmax and layer_norm, of which the reverse derivative of the forward one is refused, or wrong. As there,
-# half precision is computed in float32.
-def _wide(t: Tensor) -> Tensor:
-    return t.float() if t.itemsize == 2 else t
+def _is_dual(t: Tensor) -> bool:
+    """Whether t has a forward-mode derivative. That of torch's softmax and layer_norm cannot be differentiated again:
+    one refuses, the other is wrong."""
+    return not torch.compiler.is_compiling() and forward_ad.unpack_dual(t).tangent is not None
 
 
 def _softmax(logits: Tensor) -> Tensor:
-    logits = _wide(logits)
+    if not _is_dual(logits):
+        return logits.softmax(-1)
     powers = (logits - logits.detach().logsumexp(-1, keepdim=True)).exp()
     return powers / powers.sum(-1, keepdim=True)
 
 
 def _layer_norm(t: Tensor, weight: Tensor, bias: Tensor, eps: float) -> Tensor:
-    d = _wide(t) - _wide(t).mean(1, keepdim=True)
-    unit = d * (d.square().mean(1, keepdim=True) + eps).rsqrt()
-    return (unit * weight.flatten() + bias.flatten()).to(t.dtype)
+    if not _is_dual(t):
+        return F.layer_norm(t, t.shape[1:], weight, bias, eps)
+    d = t - t.mean(1, keepdim=True)
+    return d * (d.square().mean(1, keepdim=True) + eps).rsqrt() * weight + bias
 
 
 def reference(
@@ -116,6 +124,7 @@ def reference(
 
     def transform(w1: Tensor, b1: Any, norm_weight: Any, norm_bias: Any, w2: Any, b2: Any) -> Tensor:
         hidden = F.linear(c, w1.flatten(1).to(c.dtype), b1.to(c.dtype))
+        norm_weight, norm_bias = norm_weight.flatten().to(c.dtype), norm_bias.flatten().to(c.dtype)
         hidden = ACTIVATIONS[activation](_layer_norm(hidden, norm_weight, norm_bias, eps))
         return F.linear(hidden, w2.flatten(1).to(c.dtype), b2.to(c.dtype))[:, :, None, None]
 
@@ -160,8 +169,8 @@ def global_context(
 
     ``y = x * gate(scale(c)) + add(c)``. The context is ``c = sum(a * x)`` over the pixels with
     ``a = softmax(attn_weight @ x + attn_bias)`` over them, or without attn_weight ``c = x.mean((2, 3))``. Each of the
-    two transforms is ``w2 @ act(layer_norm(w1 @ c + b1) * norm_weight + norm_bias) + b2``. Cao et al., "GCNet: Non-local
-    Networks Meet Squeeze-Excitation Networks and Beyond", arXiv 1904.11492.
+    two transforms is ``w2 @ act(layer_norm(w1 @ c + b1) * norm_weight + norm_bias) + b2``. Cao et al., "GCNet:
+    Non-local Networks Meet Squeeze-Excitation Networks and Beyond", arXiv 1904.11492.
 
     Args:
         x: (N, C, H, W); float32, float64, float16 or bfloat16 (sums in float32, or float64), any strides.
