@@ -40,7 +40,8 @@ struct ContextTiling {
     t.kept = own + tile_bytes() <= kContextBytes;
     t.bytes = own + (t.kept ? tile_bytes() : 0);
     const int64_t all = ceil_div(hw, t.pixels);
-    t.tiles = ceil_div(all, std::clamp<int64_t>(ceil_div(512, l.samples), 1, 64));
+    const int64_t worth = ceil_div(4096, c * t.pixels);  // tiles of a block, which leaves a share of each channel
+    t.tiles = std::max(worth, ceil_div(all, std::clamp<int64_t>(ceil_div(512, l.samples), 1, 64)));
     t.splits = static_cast<int>(ceil_div(all, t.tiles));
     return t;
   }
