@@ -9,7 +9,7 @@ namespace convblocks::cuda {
 
 constexpr int kContextThreads = 256;
 constexpr int64_t kContextBytes = 96 << 10;  // shared memory that every GPU from compute capability 8.0 on has
-constexpr int kMostPixels = 32;              // of a tile
+constexpr int kMostPixels = 256;             // of a tile, whose logits a block has a thread for each
 
 // How the maps of a call are cut, `maps` tiles at a time, with `arrays` numbers for each channel beside them.
 struct ContextTiling {
@@ -35,7 +35,7 @@ struct ContextTiling {
       return maps * t.tile_elements() * static_cast<int64_t>(sizeof(T));
     };
     const int64_t own = t.numbers() * sizeof(Acc<T>);
-    t.pixels = kMostPixels;
+    for (t.pixels = 32; t.pixels < kMostPixels && t.pixels * c < 2048;) t.pixels *= 2;
     while (t.pixels > (t.channels_last ? 1 : kSector) && own + tile_bytes() > kContextBytes / 2) t.pixels /= 2;
     t.kept = own + tile_bytes() <= kContextBytes;
     t.bytes = own + (t.kept ? tile_bytes() : 0);
@@ -183,14 +183,18 @@ __global__ void __launch_bounds__(kContextThreads, 2)
     }
     for (int c = threadIdx.x; c < channels; c += kContextThreads) {
       A sums[3] = {};
-      for (int p = 0; p < pixels; p++) {
-        const A value = v(c, p);
-        sums[0] += weight ? value * e[p] : value;
-        if constexpr (kBackward) {
-          const A gradient = g(c, p);
-          sums[1] += value * gradient;
-          sums[2] += gradient;
+      for (int begin = 0; begin < pixels; begin += 16) {  // sums of few lose less to rounding
+        A part[3] = {};
+        for (int p = begin; p < min(pixels, begin + 16); p++) {
+          const A value = v(c, p);
+          part[0] += weight ? value * e[p] : value;
+          if constexpr (kBackward) {
+            const A gradient = g(c, p);
+            part[1] += value * gradient;
+            part[2] += gradient;
+          }
         }
+        for (int k = 0; k < K; k++) sums[k] += part[k];
       }
       block.arrays[c] = block.arrays[c] * rescale + sums[0];
       for (int k = 1; k < K; k++) block.arrays[k * channels + c] += sums[k];
