@@ -15,7 +15,7 @@ from bench.cases import MODES, PEER_KINDS, PRESETS, plan
 from bench.html import html
 from bench.results import Results
 from convblocks import backends
-from convblocks.opinfo import DTYPES, LAYOUTS, OPS, Size
+from convblocks.opinfo import DTYPES, LAYOUTS, TIMED, Size
 
 _DESCRIPTION = """Measures the operations against the best of torch eager and torch.compile, each in both memory
 formats. A case is timed only if its results are as accurate as torch's; the exit status is 1 if one is not."""
@@ -108,7 +108,7 @@ def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="python -m bench", description=_DESCRIPTION)
     commands = parser.add_subparsers(dest="command", required=True, metavar="run | compare | report")
     r = commands.add_parser("run", help="measure the operations against torch")
-    r.add_argument("--ops", type=_names(*OPS), default=tuple(OPS), help=f"of {', '.join(OPS)}; all by default")
+    r.add_argument("--ops", type=_names(*TIMED), default=tuple(TIMED), help=f"of {', '.join(TIMED)}; all by default")
     r.add_argument("--preset", choices=PRESETS, default="quick", help="sizes, dtypes and time per case (quick)")
     r.add_argument("--sizes", type=_sizes, help="N,C,H,W;N,C,H,W instead of the preset's")
     r.add_argument("--dtype", type=_names(*_DTYPES), help=f"of {', '.join(_DTYPES)}, instead of the preset's")
@@ -143,7 +143,7 @@ def _run(args: argparse.Namespace, error: Callable[[str], object]) -> int:
     seconds = preset.seconds if args.seconds is None else args.seconds
     with backends.use_backend(args.backend):
         for op in args.ops:
-            reason = backends.why_not(op, args.backend, torch.empty(1, 1, 1, 1, device=device))
+            reason = backends.why_not(TIMED[op].dispatched, args.backend, torch.empty(1, 1, 1, 1, device=device))
             if reason:
                 error(f"argument --backend: expected one that runs {op} on {device}, got {args.backend}: {reason}")
         return run.run(cases, peers=args.peers, seconds=seconds, seed=args.seed, output=args.output, quiet=args.quiet)

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from convblocks.opinfo import OPS, OpInfo, Options, Sample, Size
+from convblocks.opinfo import TIMED, OpInfo, Options, Sample, Size
 
 MODES = ("fwd", "fwd+bwd")  # inference under no_grad; forward, then the gradients of the input and the parameters
 PEER_KINDS = ("eager", "compile")
@@ -67,7 +67,7 @@ class Case:
 
     @property
     def info(self) -> OpInfo:
-        return OPS[self.op]
+        return TIMED[self.op]
 
     def sample(self, layout: str, seed: int) -> Sample:
         return self.info.sample(
@@ -96,8 +96,8 @@ def plan(
     return [
         Case(op, options, size, dtype, mode, layouts, device)
         for op, dtype, mode in itertools.product(ops, dtypes, modes)
-        for options in OPS[op].bench
-        for size in sizes(OPS[op], options)
+        for options in TIMED[op].bench
+        for size in sizes(TIMED[op], options)
     ]
 
 

@@ -12,7 +12,11 @@ from convblocks import backends, ops  # noqa: E402
 from convblocks.accelerate import accelerate, is_accelerated, revert  # noqa: E402  (the function hides its package)
 from convblocks.backends import use_backend, why_not  # noqa: E402
 from convblocks.blocks import (  # noqa: E402
+    CBAM,
     ECA,
+    SCSE,
+    ChannelAttention,
+    ChannelSE,
     ChannelShuffle,
     DepthwiseConv2d,
     DepthwiseSeparableConv,
@@ -23,13 +27,19 @@ from convblocks.blocks import (  # noqa: E402
     ShuffleNetV1Unit,
     ShuffleNetV2Unit,
     SimAM,
+    SpatialAttention,
+    SpatialSE,
     SqueezeExcite,
     convert_state_dict,
 )
 
 __version__ = "0.1.0"
 __all__ = [
+    "CBAM",
     "ECA",
+    "SCSE",
+    "ChannelAttention",
+    "ChannelSE",
     "ChannelShuffle",
     "DepthwiseConv2d",
     "DepthwiseSeparableConv",
@@ -40,6 +50,8 @@ __all__ = [
     "ShuffleNetV1Unit",
     "ShuffleNetV2Unit",
     "SimAM",
+    "SpatialAttention",
+    "SpatialSE",
     "SqueezeExcite",
     "accelerate",
     "backends",

@@ -39,6 +39,13 @@ void check_parameter(const char* op, const char* name, const std::optional<Tenso
                    name_of(x.scalar_type()), half ? " or float32" : "", ", got ", name_of(t->scalar_type()));
 }
 
+void check_parameter(const char* op, const char* name, const std::optional<Tensor>& t, const Tensor& x,
+                     c10::SymIntArrayRef size) {
+  check_parameter(op, name, t, x);
+  TORCH_CHECK_VALUE(!t.has_value() || t->sym_sizes() == size, op, ": expected ", name, " of size ", size, ", got ",
+                    size_of(*t));
+}
+
 void check_same_dtype(const char* op, const char* name, const std::optional<Tensor>& t, const char* first_name,
                       const Tensor& first) {
   if (!t.has_value()) return;

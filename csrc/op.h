@@ -50,6 +50,8 @@ std::string size_of(const Tensor& t);
 std::string name_of(at::ScalarType dtype);
 void check_feature_map(const char* op, const Tensor& x);
 void check_parameter(const char* op, const char* name, const std::optional<Tensor>& t, const Tensor& x);
+void check_parameter(const char* op, const char* name, const std::optional<Tensor>& t, const Tensor& x,
+                     c10::SymIntArrayRef size);
 void check_same_dtype(const char* op, const char* name, const std::optional<Tensor>& t, const char* first_name,
                       const Tensor& first);
 // A map of the input's dtype on its device: a gradient, or a second input.

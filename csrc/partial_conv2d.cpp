@@ -49,6 +49,15 @@ struct PartialConv2d {
     return {grad_x, grad_weight.to(weight.scalar_type())};
   }
 
+  // In the layout in which torch's convolution on the CPU was measured to be faster: few channels lie together, many in
+  // planes.
+  static Tensor arranged(const Tensor& t, const Tensor& weight) {
+    const auto channels = weight.size(0);
+    if (!t.is_cpu() || t.scalar_type() == at::kDouble || (channels >= 64 && channels < 256)) return t;
+    const auto format = channels < 64 ? at::MemoryFormat::ChannelsLast : at::MemoryFormat::Contiguous;
+    return first(t, weight).contiguous(format);
+  }
+
   static Tensor formula(const Tensor& x, const Tensor& weight) {
     return at::cat({convolved(x, weight), rest(x, weight)}, 1);
   }
@@ -58,11 +67,11 @@ struct PartialConv2d {
   }
 
   static void run(const Call& kernel, const Tensor& y, const Tensor& x, const Tensor& weight) {
-    call_shuffle(kernel, y, {convolved(x, weight), rest(x, weight)}, 1, false);
+    call_shuffle(kernel, y, {convolved(arranged(x, weight), weight), rest(x, weight)}, 1, false);
   }
   static void run_backward(const Call& kernel, Grads& grads, const Tensor& grad, const Tensor& x,
                            const Tensor& weight) {
-    const auto [grad_first, grad_weight] = convolved_backward(grad, x, weight);
+    const auto [grad_first, grad_weight] = convolved_backward(arranged(grad, weight), arranged(x, weight), weight);
     grads[1].copy_(grad_weight);
     call_shuffle(kernel, grads[0], {grad_first, rest(grad, weight)}, 1, false);
   }

@@ -9,7 +9,7 @@
 #include <ATen/ops/sum.h>
 
 #include "gate_formula.h"
-#include "op.h"
+#include "layer_checks.h"
 
 namespace convblocks {
 
@@ -23,11 +23,6 @@ struct SqueezeExcite {
   static constexpr const char* backward_schema =
       "(Tensor grad, Tensor x, Tensor? w1, Tensor? b1, Tensor w2, Tensor? b2, str activation, str gate, "
       "bool add_maxpool) -> (Tensor, Tensor, Tensor, Tensor, Tensor)";
-
-  static bool is_matrix(const Tensor& w, const c10::SymInt& columns) {
-    const bool ones = w.dim() == 2 || (w.dim() == 4 && w.sym_size(2) == 1 && w.sym_size(3) == 1);
-    return ones && w.sym_size(1) == columns;
-  }
 
   static void check(const Tensor& x, const MaybeTensor& w1, const MaybeTensor& b1, const Tensor& w2,
                     const MaybeTensor& b2, std::string_view activation, std::string_view gate, bool add_maxpool) {
@@ -43,18 +38,13 @@ struct SqueezeExcite {
     const auto c = x.sym_size(1);
     auto r = c;
     if (w1.has_value()) {
-      TORCH_CHECK_VALUE(is_matrix(*w1, c) && w1->sym_size(0) > 0, name, ": expected w1 of size [R, ", c, "] or [R, ", c,
-                        ", 1, 1], got ", size_of(*w1));
-      r = w1->sym_size(0);
+      r = check_hidden_size(name, *w1, c);
     } else {
       TORCH_CHECK_VALUE(!b1.has_value(), name, ": expected b1 only with w1, got b1 of size ", size_of(*b1));
     }
-    TORCH_CHECK_VALUE(!b1.has_value() || (b1->dim() == 1 && b1->sym_size(0) == r), name, ": expected b1 of size [", r,
-                      "], got ", size_of(*b1));
-    TORCH_CHECK_VALUE(is_matrix(w2, r) && w2.sym_size(0) == c, name, ": expected w2 of size [", c, ", ", r, "] or [", c,
-                      ", ", r, ", 1, 1], got ", size_of(w2));
-    TORCH_CHECK_VALUE(!b2.has_value() || (b2->dim() == 1 && b2->sym_size(0) == c), name, ": expected b2 of size [", c,
-                      "], got ", size_of(*b2));
+    check_vector(name, "b1", b1, r);
+    check_matrix(name, "w2", w2, c, r);
+    check_vector(name, "b2", b2, c);
     check_one_of(name, "activation", activation, kActivationNames);
     check_one_of(name, "gate", gate, kGateNames);
     TORCH_CHECK_VALUE(!add_maxpool || x.sym_size(2) * x.sym_size(3) > 0, name,

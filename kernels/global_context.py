@@ -43,7 +43,7 @@ def global_context(x: Tensor, *args: Tensor | float | str | None) -> Tensor:
         return y
     with torch.cuda.device_of(x):
         pooled = _Pooled(maps, tensors[0], tensors[1])
-        scale, add = (Transform(pooled.contexts, tensors[i : i + 6], eps, activation) for i in (2, 8))
+        scale, add = (Transform(maps, pooled.contexts, tensors[i : i + 6], eps, activation) for i in (2, 8))
         _change_maps(maps, scale.output(), add.output(), y, 1, gate)
     return y
 
@@ -54,7 +54,7 @@ def global_context_backward(grad: Tensor, x: Tensor, *args: Tensor | float | str
     grad_x, none = maps.output(), x.new_empty(0)
     with torch.cuda.device_of(x):
         pooled = _Pooled(maps, tensors[0], tensors[1])
-        scale, add = (Transform(pooled.contexts, tensors[i : i + 6], eps, activation) for i in (2, 8))
+        scale, add = (Transform(maps, pooled.contexts, tensors[i : i + 6], eps, activation) for i in (2, 8))
         logits, by_scale, by_add = scale.output(), None, None
         grads: list[Tensor | None] = [None] * 14
         if logits is not None:

@@ -25,6 +25,7 @@ kernel = functools.partial(
         *("r_batch", "r_stride"),
         *("blocks", "chunk", "count", "first", "width", "apart"),
         *("H", "W", "OH", "OW", "c_blocks", "h_blocks", "w_blocks"),
+        *("groups", "y_plane", "y_pixel", "g_plane", "g_pixel"),
     ),
 )
 

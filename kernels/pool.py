@@ -39,8 +39,9 @@ def splits_of(maps: Maps, tile: Tile) -> int:
     return splits
 
 
-def pool(maps: Maps, add_max: bool) -> tuple[Tensor, int]:
-    """The sums over x, or over x and grad where the maps are those two, and the number of parts."""
+def pool(maps: Maps, add_max: bool, ties: bool = False) -> tuple[Tensor, int]:
+    """The sums over x, or over x and grad where the maps are those two, and the number of parts. Ties are counted with
+    a grad, or where they are asked for."""
     tile = maps.tile(WALK_ELEMENTS, a_thread=8)
     splits = splits_of(maps, tile)
     sums = maps.sums(maps.n, 4, splits, maps.c)
@@ -52,6 +53,7 @@ def pool(maps: Maps, add_max: bool) -> tuple[Tensor, int]:
         triton.cdiv(tile.p_blocks, splits),
         SPLITS=splits,
         ADD_MAX=add_max,
+        COUNT_TIES=ties or len(maps.arguments) > 3,
         **tile.constants,
     )
     return sums, splits
@@ -59,7 +61,8 @@ def pool(maps: Maps, add_max: bool) -> tuple[Tensor, int]:
 
 @kernel
 def _pool(
-    x, x_batch, x_stride, g, g_batch, g_stride, sums, C, HW, count, SPLITS: tl.constexpr, ADD_MAX: tl.constexpr,
+    x, x_batch, x_stride, g, g_batch, g_stride, sums, C, HW, count,
+    SPLITS: tl.constexpr, ADD_MAX: tl.constexpr, COUNT_TIES: tl.constexpr,
     VEC: tl.constexpr, CHANNELS_LAST: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK_P: tl.constexpr,
 ):  # fmt: skip
     """One program: ``count`` tiles of a block of planes."""
@@ -78,7 +81,7 @@ def _pool(
         if g is not None:
             dot += value * load(g + offsets(n, c, p, g_batch, g_stride, VEC, CHANNELS_LAST), mask)
         if ADD_MAX:
-            if g is not None:
+            if COUNT_TIES:
                 ties = tl.where(mask & (value > highest), 1.0, ties + tl.where(mask & (value == highest), 1.0, 0.0))
             highest = tl.where(mask & (value > highest), value, highest)
 
@@ -90,7 +93,7 @@ def _pool(
     if ADD_MAX:
         peak = tl.max(highest, 1, keep_dims=True)
         store(at + MAX * step, peak, c < C)
-        if g is not None:
+        if COUNT_TIES:
             store(at + TIES * step, tl.sum(tl.where(highest == peak, ties, 0.0), 1, keep_dims=True), c < C)
 
 

@@ -8,27 +8,27 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from convblocks.kernels.maps import kernel, load, power_of_2, store
-from convblocks.kernels.squeeze_excite import LAYER_ELEMENTS, WEIGHT_K, WEIGHT_M, _layer, _layer_backward
+from convblocks.kernels.layers import Layers, contiguous_like
+from convblocks.kernels.maps import Maps, kernel, load, power_of_2, store
 
 
 class Transform:
-    def __init__(self, contexts: Tensor, tensors: list[Tensor | None], eps: float, activation: str) -> None:
+    def __init__(self, maps: Maps, contexts: Tensor, tensors: list[Tensor | None], eps: float, activation: str) -> None:
         self.w1, self.b1, self.norm_weight, self.norm_bias, self.w2, self.b2 = (
             None if t is None else t.contiguous() for t in tensors
         )
         self.contexts, self.eps, self.activation = contexts, eps, activation
-        self.given = tensors
+        self.given, self.layers = tensors, Layers(maps)
 
     def output(self) -> Tensor | None:
         """What it gives, (N, C); None where it is absent."""
         if self.w1 is None:
             return None
         self._normalize()
-        return _run_layer(self.normed, self.w2, self.b2, self.activation)
+        return self.layers.layer(self.normed, self.w2, self.b2, self.activation)
 
     def _normalize(self) -> None:
-        hidden = _run_layer(self.contexts, self.w1, self.b1, "none")
+        hidden = self.layers.layer(self.contexts, self.w1, self.b1, "none")
         n, r = hidden.shape
         self.unit, self.normed = torch.empty_like(hidden), torch.empty_like(hidden)
         self.rate = hidden.new_empty(n)
@@ -48,72 +48,15 @@ class Transform:
         """The gradients of the contexts and of the six tensors."""
         if not hasattr(self, "normed"):
             self._normalize()
-        g1, gb1, gw, gb, g2, gb2 = (torch.empty_like(t, memory_format=torch.contiguous_format) for t in self.given)
-        by_normed = _run_layer_backward(slope, self.normed, self.w2, g2, gb2, self.activation)
+        g1, gb1, gw, gb, g2, gb2 = (contiguous_like(t) for t in self.given)
+        by_normed = self.layers.layer_backward(slope, self.normed, self.w2, g2, gb2, self.activation)
         n, r = by_normed.shape
         by_hidden = torch.empty_like(by_normed)
         _norm_backward[(n,)](by_normed, self.norm_weight, self.unit, self.rate, by_hidden, r, BLOCK=power_of_2(r))
         block = min(power_of_2(r), 128)
         _norm_parameters[(triton.cdiv(r, block),)](by_normed, self.unit, gw, gb, n, r, BLOCK=block)
-        by_context = _run_layer_backward(by_hidden, self.contexts, self.w1, g1, gb1, "none")
+        by_context = self.layers.layer_backward(by_hidden, self.contexts, self.w1, g1, gb1, "none")
         return by_context, [g1, gb1, gw, gb, g2, gb2]
-
-
-def _run_layer(hidden: Tensor, w: Tensor, b: Tensor, activation: str) -> Tensor:
-    n, (m, k) = hidden.shape[0], w.shape[:2]
-    out = hidden.new_empty(n, m)
-    block_n, block_m = min(power_of_2(n), 8), min(power_of_2(m), 8)
-    _layer[(triton.cdiv(n, block_n) * triton.cdiv(m, block_m),)](
-        None,
-        hidden,
-        w,
-        b,
-        out,
-        n,
-        m,
-        k,
-        1,
-        ACTIVATION=activation,
-        GATE=None,
-        BACKWARD=False,
-        ADD_MAX=False,
-        SPLITS=1,
-        BLOCK_N=block_n,
-        BLOCK_M=block_m,
-        BLOCK_K=min(power_of_2(k), LAYER_ELEMENTS // (block_n * block_m)),
-    )
-    return out
-
-
-def _run_layer_backward(
-    dz: Tensor, hidden: Tensor, w: Tensor, grad_w: Tensor, grad_b: Tensor, activation: str
-) -> Tensor:
-    n, (m, k) = hidden.shape[0], w.shape[:2]
-    out = hidden.new_empty(n, k)
-    block_n, block_k = min(power_of_2(n), 8), min(power_of_2(k), 8)
-    inputs = triton.cdiv(n, block_n) * triton.cdiv(k, block_k)
-    weights = triton.cdiv(m, WEIGHT_M.value) * triton.cdiv(k, WEIGHT_K.value)
-    _layer_backward[(inputs + weights,)](
-        dz,
-        None,
-        hidden,
-        w,
-        out,
-        grad_w,
-        grad_b,
-        n,
-        m,
-        k,
-        1,
-        inputs,
-        ACTIVATION=activation,
-        ADD_MAX=False,
-        SPLITS=1,
-        BLOCK_N=block_n,
-        BLOCK_M=min(power_of_2(m), LAYER_ELEMENTS // (block_n * block_k)),
-        BLOCK_K=block_k,
-    )
-    return out
 
 
 @kernel

@@ -9,10 +9,13 @@ from typing import Any
 from torch import nn
 
 from convblocks.accelerate.rule import Refused, Rule, child
+from convblocks.blocks import cbam as cbam_block
 from convblocks.blocks import eca as eca_block
 from convblocks.blocks import global_context as global_context_block
+from convblocks.blocks import scse as scse_block
 from convblocks.blocks import squeeze_excite as squeeze_excite_block
 from convblocks.blocks.arguments import function_of, qualified_name
+from convblocks.blocks.layers import is_plain
 from convblocks.ops.gate import ACTIVATIONS, GATES
 
 
@@ -158,4 +161,98 @@ def global_context(name: str, source: str) -> Rule:
         channels=lambda module: next(iter(_transforms(module).values())).fc1.in_channels,
         check=check,
         options={"activation_name": _transform_activation, "gate_name": partial(_function, "gate", GATES)},
+    )
+
+
+_CHANNEL = {"0": nn.AdaptiveAvgPool2d, "1": nn.Conv2d, "2": nn.ReLU, "3": nn.Conv2d, "4": nn.Sigmoid}
+_SPATIAL = {"0": nn.Conv2d, "1": nn.Sigmoid}
+
+
+def scse(name: str, source: str) -> Rule:
+    """A rule for ``cSE(x)`` and ``sSE(x)``, two sequences of layers, added up."""
+
+    def check(module: Any) -> None:
+        for part, kinds in (("cSE", _CHANNEL), ("sSE", _SPATIAL)):
+            layers = child(module, part, nn.Sequential)
+            if layers._modules.keys() != kinds.keys():
+                raise Refused(f"{part} has {len(layers)} layers, not {len(kinds)}")
+            for key, kind in kinds.items():
+                try:
+                    _pointwise(layers, key) if kind is nn.Conv2d else child(layers, key, kind)
+                except Refused as refusal:
+                    raise Refused(f"{part}.{refusal}") from None
+        if module.cSE[0].output_size not in (1, (1, 1)):
+            raise Refused("cSE.0 does not pool to one pixel")
+        if module.cSE[1].out_channels == 0:
+            raise Refused("cSE.1 has no outputs")
+        if module.sSE[0].out_channels != 1:
+            raise Refused("sSE.0 has more than one output")
+
+    return Rule(
+        name,
+        source,
+        "scse",
+        partial(scse_block.fused_forward, nn.Sequential, _CHANNEL, nn.Sequential, _SPATIAL),
+        channels=lambda module: module._modules["sSE"]._modules["0"].in_channels,
+        check=check,
+        options={},
+        constants={"mode": "add"},
+    )
+
+
+def cbam(name: str, source: str, light: bool) -> Rule:
+    """A rule for timm's ``channel`` and ``spatial``; the norm of the latter is called."""
+    kind = "Light" if light else ""
+    classes = {
+        part: f"timm.layers.cbam.{kind}{cls}" for part, cls in (("channel", "ChannelAttn"), ("spatial", "SpatialAttn"))
+    }
+
+    def check(module: Any) -> None:
+        for part, cls in classes.items():
+            found = module._modules.get(part)
+            if found is None or qualified_name(type(found)) != cls:
+                raise Refused(f"{part} is not a {cls}")
+        for layer in ("fc1", "fc2"):
+            _pointwise(module.channel, layer)
+        block = module.spatial._modules["conv"]
+        if (
+            qualified_name(type(block)) != "timm.layers.conv_bn_act.ConvNormAct"
+            or getattr(block, "aa", None) is not None
+        ):
+            raise Refused("spatial.conv is not a timm.layers.conv_bn_act.ConvNormAct as its class makes it")
+        conv = _layer(block, "conv", nn.Conv2d)
+        k = conv.kernel_size[0]
+        if (conv.kernel_size, conv.padding, conv.dilation) != ((k, k), (k // 2, k // 2), (1, 1)) or k % 2 == 0:
+            raise Refused("spatial.conv.conv does not convolve planes to one of the same size")
+
+    def gate_name(module: Any) -> str:
+        if light:
+            return "sigmoid"  # whatever it was made with
+        gates = {_function("gate", GATES, part) for part in (module.channel, module.spatial)}
+        if len(gates) > 1:
+            raise Refused(f"channel and spatial have different gates: {', '.join(sorted(gates))}")
+        return gates.pop()
+
+    def parts(module: Any) -> tuple[Any, Any] | None:
+        channel, spatial = (module._modules[part]._modules for part in classes)
+        block = spatial["conv"]
+        gates = () if light else (channel["gate"], spatial["gate"])
+        for layer, name in ((channel["act"], module.activation_name), *((gate, module.gate_name) for gate in gates)):
+            if not is_plain(layer, type(layer)) or function_of(layer) != name:
+                return None
+        return (block._modules["conv"], block._modules["bn"]) if is_plain(block, type(block)) else None
+
+    return Rule(
+        name,
+        source,
+        "apply_gates",
+        partial(cbam_block.fused_light_forward if light else cbam_block.fused_forward, parts),
+        channels=lambda module: module._modules["channel"]._modules["fc1"].in_channels,
+        check=check,
+        options={
+            "activation_name": lambda module: _function("act", ACTIVATIONS, module._modules["channel"]),
+            "gate_name": gate_name,
+        },
+        constants={"residual": False},
+        others=("squeeze_excite" if light else "channel_attention", "channel_pool", "depthwise_conv2d"),
     )

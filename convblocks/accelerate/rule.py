@@ -32,8 +32,8 @@ class Rule:
         name: of the class that they become.
         source: the qualified name of their class. Whoever made a module has imported its library; nothing here does.
         operation: what runs instead, a name in ``convblocks.ops``; or in ``torch.nn.functional``, if that runs.
-        forward: makes the forward of the new class, given what runs the operation. It finds the old forward in
-            ``self.unfused``.
+        forward: makes the forward of the new class, given what runs the operation, and what runs ``others``. It finds
+            the old forward in ``self.unfused``.
         channels: the number of channels that a module takes.
         check: raises Refused with what keeps a module from being replaced.
         options: attributes that the forward needs, and how to read each from a module; may raise Refused.
@@ -43,13 +43,14 @@ class Rule:
         methods: names of those of which a module has bound one as its forward; its name is then the option
             ``forward_name``.
         differentiable: whether a module has gradients to compare.
+        others: further operations of the forward.
         calls_children: whether the forward calls them as the old one does, hooks, parametrizations and all.
     """
 
     name: str
     source: str
     operation: str
-    forward: Callable[[Run], Forward]
+    forward: Callable[..., Forward]
     channels: Callable[[Any], int]
     check: Callable[[Any], None]
     options: Mapping[str, Callable[[Any], Any]]
@@ -58,6 +59,7 @@ class Rule:
     pixels: Callable[[Any], tuple[int, int]] = lambda module: (5, 6)
     methods: tuple[str, ...] = ()
     differentiable: Callable[[Any], bool] = lambda module: True
+    others: tuple[str, ...] = ()
     calls_children: bool = False
 
 
@@ -113,12 +115,14 @@ def replacement(rule: Rule, backend: str) -> type[nn.Module]:
     """
     module, _, name = rule.source.rpartition(".")
     source = getattr(importlib.import_module(module), name)
-    operator = backends.operators.get(rule.operation)
-    if operator is None:
-        run = getattr(F, rule.operation)
-    else:
-        run = operator if backend == "auto" else _run_on(backend, operator)
-    forward = rule.forward(run)
+    runs: list[Run] = []
+    for operation in (rule.operation, *rule.others):
+        operator = backends.operators.get(operation)
+        if operator is None:
+            runs.append(getattr(F, operation))
+        else:
+            runs.append(operator if backend == "auto" else _run_on(backend, operator))
+    forward = rule.forward(*runs)
     return type(
         rule.name if backend == "auto" else f"{rule.name}_{backend}",
         (Accelerated, source),

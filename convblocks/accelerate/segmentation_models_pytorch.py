@@ -1,6 +1,6 @@
 """The classes of segmentation_models_pytorch that are replaced; most of its encoders are timm's own."""
 
-from convblocks.accelerate.gates import squeeze_excite
+from convblocks.accelerate.gates import scse, squeeze_excite
 
 RULES = (
     squeeze_excite(
@@ -12,4 +12,5 @@ RULES = (
         "sigmoid",
         pool="avg_pool",
     ),
+    scse("FastSCSEModule", "segmentation_models_pytorch.base.modules.SCSEModule"),
 )

@@ -1,7 +1,7 @@
 """The classes of timm that are replaced."""
 
 from convblocks.accelerate.convolutions import depthwise, partial_conv
-from convblocks.accelerate.gates import eca, effective_squeeze_excite, global_context, squeeze_excite
+from convblocks.accelerate.gates import cbam, eca, effective_squeeze_excite, global_context, squeeze_excite
 
 RULES = (
     squeeze_excite("FastSEModule", "timm.layers.squeeze_excite.SEModule", "fc1", "act", "fc2", "gate", norm="bn"),
@@ -21,4 +21,6 @@ RULES = (
     depthwise("FastConv2dSame", "timm.layers.conv2d_same.Conv2dSame", same=True),
     partial_conv("FastPartialConv3", "timm.models.fasternet.Partial_conv3", "forward_slicing", "forward_split_cat"),
     eca("FastCecaModule", "timm.layers.eca.CecaModule", "gate", "circular"),
+    cbam("FastCbamModule", "timm.layers.cbam.CbamModule", light=False),
+    cbam("FastLightCbamModule", "timm.layers.cbam.LightCbamModule", light=True),
 )

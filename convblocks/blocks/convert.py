@@ -127,6 +127,25 @@ def global_context() -> Step:
     return step
 
 
+def spatial_attention(old: str, maxima_first: bool) -> Step:
+    """A step that makes CBAM's ``spatial.conv`` and ``spatial.bn`` of layers under another name. Our convolution sees
+    the means first."""
+    pattern = re.compile(rf"((?:.*\.)?){old}\.((?:conv|bn)\..+)")
+
+    def step(sd: StateDict) -> StateDict:
+        converted = {}
+        for key, value in sd.items():
+            found = pattern.fullmatch(key)
+            if found is None:
+                converted[key] = value
+                continue
+            is_planes = found[2] == "conv.weight" and isinstance(value, Tensor) and value.dim() == 4
+            converted[f"{found[1]}spatial.{found[2]}"] = value.flip(1) if is_planes and maxima_first else value
+        return converted
+
+    return step
+
+
 @dataclass(frozen=True)
 class Layout:
     name: str
@@ -151,20 +170,38 @@ LAYOUTS = (
             one_layer("conv", r".*\batt\."),
             separable("conv1", "bn1", "pointwise", "bn2"),  # Xception
             separable("conv_dw", "bn_dw", "conv_pw", "bn_pw"),  # aligned Xception
+            spatial_attention(r"spatial\.conv", maxima_first=False),
         ),
     ),
-    Layout("segmentation_models_pytorch", (separable("0", "2", "1", "3"),)),
-    # moskomule's senet.pytorch and External-Attention (two linear layers), ECANet
+    Layout(
+        "segmentation_models_pytorch",
+        (
+            rename(r"(.*\.)?cSE\.1\.(.+)", r"\1cSE.fc1.\2"),
+            rename(r"(.*\.)?cSE\.3\.(.+)", r"\1cSE.fc2.\2"),
+            rename(r"(.*\.)?sSE\.0\.(.+)", r"\1sSE.conv.\2"),
+            separable("0", "2", "1", "3"),
+        ),
+    ),
+    # moskomule's senet.pytorch and External-Attention (two linear layers), ECANet, the authors' scSE (linear, too) and
+    # CBAM
     Layout(
         "official",
         (
             _SE_MODULE,
             bottleneck("fc.0", "fc.2"),
+            bottleneck("fc1", "fc2", r"(.*\.)?cSE\."),
+            bottleneck("Conv_Squeeze", "Conv_Excitation", r"(.*\.)?cSE\."),
             rename(r"(.*\.)eca\.(conv\..+)", r"\1se.\2"),
             global_context(),
             separable("conv", "bn1", "pointwise", "bn2"),
             separable("depthwise_conv", "bn1", "pointwise_conv", "bn2"),
             separable("depth_conv.0", "depth_conv.1", "point_conv.0", "point_conv.1"),
+            rename(r"(.*\.)?(?:ChannelGate|ca)\.((?:mlp|se|fc\d).+)", r"\1channel.\2"),
+            bottleneck("mlp.1", "mlp.3", r"(.*\.)?channel\."),
+            bottleneck("se.0", "se.2", r"(.*\.)?channel\."),
+            rename(r"(.*\.)?sa\.conv1\.(.+)", r"\1spatial.conv.\2"),
+            spatial_attention(r"SpatialGate\.spatial", maxima_first=True),
+            spatial_attention("sa", maxima_first=True),
         ),
     ),
     Layout(
@@ -174,6 +211,9 @@ LAYOUTS = (
             bottleneck("fc1", "fc2"),
             separable("dw_conv.conv", "dw_conv.bn", "pw_conv.conv", "pw_conv.bn"),
             separable("dw_conv", "bn1", "pw_conv", "bn2"),
+            rename(r"(.*\.)?ch_gate\.(.+)", r"\1channel.\2"),
+            bottleneck("mlp.fc1", "mlp.fc2", r"(.*\.)?channel\."),
+            spatial_attention(r"sp_gate\.conv", maxima_first=True),
         ),
     ),
     Layout(
@@ -215,11 +255,11 @@ def convert_state_dict(sd: Mapping[str, Any], source: str | None = None, model: 
     """Renames and reshapes the entries of a state dict so that the modules of this package load it strictly.
 
     Known layouts, of a block or of a whole network: "timm" (EfficientNet's ``conv_reduce`` / ``conv_expand``,
-    ``se_module``, HGNet's one-layer ``att.conv``), "torchvision", "official" (the linear layers ``fc.0`` / ``fc.2`` of
-    senet.pytorch and External-Attention, ECANet's ``eca``, the ContextBlock of GCNet and mmcv), "pytorchcv"
-    (``conv1`` / ``conv2``), "efficientnet_pytorch" (``_se_reduce`` / ``_se_expand``), "segmentation_models_pytorch",
-    "convblocks"; of most also the names of a depthwise-separable convolution's layers. The prefixes of DataParallel and
-    torch.compile are dropped.
+    ``se_module``, HGNet's one-layer ``att.conv``), "torchvision", "official" (the linear layers ``fc.0`` / ``fc.2``
+    of senet.pytorch and External-Attention, those of the authors of scSE and CBAM, ECANet's ``eca``, the ContextBlock
+    of GCNet and mmcv), "pytorchcv" (``conv1`` / ``conv2``), "efficientnet_pytorch" (``_se_reduce`` / ``_se_expand``),
+    "segmentation_models_pytorch" (the numbered layers of its scSE), "convblocks"; of most also the names of a
+    depthwise-separable convolution's layers. The prefixes of DataParallel and torch.compile are dropped.
 
     Args:
         sd: a state dict; it stays as it is. The result shares its tensors.

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from convblocks.blocks.arguments import Layer, function_name, function_of, ignore, positive, qualified_name
-from convblocks.blocks.layers import fusible
+from convblocks.blocks.layers import fusible, is_plain
 from convblocks.ops.checks import one_of
 from convblocks.ops.gate import ACTIVATIONS, GATES
 from convblocks.ops.global_context import operator
@@ -24,13 +24,6 @@ def is_norm(cls: type) -> bool:
     return qualified_name(cls) in NORMS
 
 
-def _is_called(module: Any) -> bool:
-    """Whether something would be lost if a container's forward were not called: hooks, or one of its own."""
-    attributes = module.__dict__
-    hooks = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
-    return "forward" in attributes or any(attributes[h] for h in hooks)
-
-
 def _parameters(x: Tensor, transform: Any, activation: str) -> tuple[Any, ...] | None:
     """The six tensors of a transform and the eps of its norm, or None where it has become something else."""
     if transform is None:
@@ -39,9 +32,9 @@ def _parameters(x: Tensor, transform: Any, activation: str) -> tuple[Any, ...] |
     fc1, norm, fc2 = layers["fc1"], layers["norm"], layers["fc2"]
     kind: Any = type(norm)
     if (
-        _is_called(transform)
+        not is_plain(transform, type(transform))
         or not (is_norm(kind) and fusible(x, nn.Conv2d, fc1, fc2) and fusible(x, kind, norm))
-        or _is_called(layers["act"])
+        or not is_plain(layers["act"], type(layers["act"]))
         or function_of(layers["act"]) != activation
     ):
         return None

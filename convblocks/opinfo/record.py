@@ -96,6 +96,7 @@ class OpInfo:
     backward_flops: Callable[[Sample], int]
     gpu_traffic: tuple[float, float]  # bytes that GPU kernels may move, forward and backward, over least_bytes
     bench_sizes: tuple[tuple[Size, ...], ...] = ()  # of each in bench, the most telling first; else the benchmark's own
+    traffic_channels: int = 0  # of the maps by which gpu_traffic is judged, where few would tell nothing
     sizes: tuple[Size, ...] = (
         (2, 8, 7, 7),
         (1, 3, 5, 9),
@@ -109,8 +110,11 @@ class OpInfo:
     dtypes: tuple[torch.dtype, ...] = field(default=DTYPES)
     linear: bool = False  # in its maps, its only tensors: the backward operator takes no map
     maps: Callable[[Size, Options], list[Size]] | None = None  # those of a list of maps, where it takes one
+    per_sample: Callable[[Tensor], tuple[Tensor, ...]] | None = None  # of one whose other arguments are so: for any map
     bad_gradients: Callable[[str], Iterator[BadInput]] | None = None  # of a linear one, where not as bad_inputs
     autocasts: bool = False  # computes, as torch's convolutions do, in the dtype of autocast
+    largest: Callable[[Options], float] = lambda o: 60000.0  # values, in float16, of which the results are finite
+    parts: tuple[str, ...] = ()  # the operations that one is composed of
     by_torch: bool = False  # what it computes, torch does: it promises no more than torch
 
     def sample(
@@ -148,6 +152,11 @@ class OpInfo:
             for t in sample.tensors():
                 t.requires_grad_()
         return sample
+
+    @property
+    def dispatched(self) -> str:
+        """The operation whose backend is that of this one."""
+        return self.parts[-1] if self.parts else self.name
 
     def output(self, sample: Sample) -> Tensor:
         """Its size and dtype, on the meta device. Raises what the reference raises where there is none."""

@@ -67,6 +67,34 @@ def size(op: str, name: str, t: Tensor | None, ok: bool, expected: str) -> None:
         raise ValueError(f"{op}: expected {name} of size {expected}, got {_size(t)}")
 
 
+def sized(op: str, name: str, t: Tensor | None, x: Tensor, expected: Sequence[int]) -> None:
+    """A parameter of just this size, which may be symbolic."""
+    parameter(op, name, t, x)
+    if t is not None and list(t.shape) != list(expected):  # before the words: those of symbolic sizes break a graph
+        size(op, name, t, False, str(list(expected)))
+
+
+def vector(op: str, name: str, t: Tensor | None, length: int) -> None:
+    size(op, name, t, t is not None and tuple(t.shape) == (length,), f"[{length}]")
+
+
+def _is_matrix(w: Tensor, rows: int | None, columns: int) -> bool:
+    shape = tuple(w.shape)
+    return len(shape) in (2, 4) and shape[2:] in ((), (1, 1)) and shape[1] == columns and rows in (None, shape[0])
+
+
+def matrix(op: str, name: str, w: Tensor, rows: int, columns: int) -> None:
+    """The weight of a layer, as torch's linear layers have it, or its 1x1 convolutions."""
+    size(op, name, w, _is_matrix(w, rows, columns), f"[{rows}, {columns}] or [{rows}, {columns}, 1, 1]")
+
+
+def hidden_size(op: str, w1: Tensor, columns: int) -> int:
+    """How many outputs a first layer has."""
+    ok = w1.dim() > 0 and w1.shape[0] > 0 and _is_matrix(w1, None, columns)
+    size(op, "w1", w1, ok, f"[R, {columns}] or [R, {columns}, 1, 1]")
+    return w1.shape[0]
+
+
 def one_of(op: str, name: str, value: str, allowed: tuple[str, ...]) -> None:
     if value not in allowed:
         raise ValueError(f"{op}: expected {name} to be one of {', '.join(allowed)}, got {value}")
@@ -76,7 +104,8 @@ def like(op: str, name: str, t: Tensor | None, x: Tensor, expected: Sequence[int
     """A map of the input's dtype on its device: a gradient, or a second input."""
     if t is None:
         return
-    size(op, name, t, list(t.shape) == list(expected), str(list(expected)))
+    if list(t.shape) != list(expected):
+        size(op, name, t, False, str(list(expected)))
     if t.dtype != x.dtype:
         raise TypeError(f"{op}: expected {name} of dtype {_dtype(x)}, got {_dtype(t)}")
     if t.device != x.device:

@@ -16,6 +16,9 @@ _library = torch.library.Library("convblocks", "FRAGMENT")  # alive for ever: it
 
 def memory_format(x: Tensor) -> torch.memory_format:
     """The memory format of an operation's output: channels_last if x is so laid out (dense or not), else contiguous."""
+    if isinstance(x.shape[0], Tensor):  # while torch.jit traces
+        channels_last = x.is_contiguous(memory_format=torch.channels_last) and not x.is_contiguous()
+        return torch.channels_last if channels_last else torch.contiguous_format
     (n, c, h, w), (_, sc, sh, sw) = x.shape, x.stride()
     if (
         n == 1 and c > 1 and h * w > 1 and sc == 1 and (w == 1 or sw == c) and (h == 1 or sh == w * c)

@@ -8,11 +8,6 @@ from convblocks.ops.gate import ACTIVATIONS, GATES
 from convblocks.ops.operator import Operator
 
 
-def _is_matrix(w: Tensor, rows: int | None, columns: int) -> bool:
-    shape = tuple(w.shape)
-    return len(shape) in (2, 4) and shape[2:] in ((), (1, 1)) and shape[1] == columns and rows in (None, shape[0])
-
-
 def check(
     x: Tensor,
     w1: Tensor | None,
@@ -36,12 +31,10 @@ def check(
             raise ValueError(f"{op}: expected b1 only with w1, got b1 of size {list(b1.shape)}")
         r = c
     else:
-        ok = w1.dim() > 0 and w1.shape[0] > 0 and _is_matrix(w1, None, c)
-        checks.size(op, "w1", w1, ok, f"[R, {c}] or [R, {c}, 1, 1]")
-        r = w1.shape[0]
-    checks.size(op, "b1", b1, b1 is not None and tuple(b1.shape) == (r,), f"[{r}]")
-    checks.size(op, "w2", w2, _is_matrix(w2, c, r), f"[{c}, {r}] or [{c}, {r}, 1, 1]")
-    checks.size(op, "b2", b2, b2 is not None and tuple(b2.shape) == (c,), f"[{c}]")
+        r = checks.hidden_size(op, w1, c)
+    checks.vector(op, "b1", b1, r)
+    checks.matrix(op, "w2", w2, c, r)
+    checks.vector(op, "b2", b2, c)
     checks.one_of(op, "activation", activation, tuple(ACTIVATIONS))
     checks.one_of(op, "gate", gate, tuple(GATES))
     if add_maxpool and x.shape[2] * x.shape[3] == 0:

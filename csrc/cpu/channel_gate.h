@@ -7,11 +7,6 @@
 
 namespace convblocks::cpu {
 
-template <class T>
-T* row(const Map& map, int64_t sample, int64_t channel, int64_t pixel = 0) {
-  return static_cast<T*>(map.data) + sample * map.batch + channel * map.channel + pixel * map.pixel;
-}
-
 // The sums over the pixels of each channel of x, and with `grad` those of grad * x, into out (2 * c or c elements).
 template <class T, bool kDot>
 void channel_sums(const Team& team, const Map& x, const Map& grad, int64_t sample, int64_t c, int64_t hw,

@@ -14,6 +14,11 @@ namespace convblocks::cpu {
 template <class A, int K>
 using Vecs = std::array<Vec<A>, K>;
 
+template <class T>
+T* row(const Map& map, int64_t sample, int64_t channel, int64_t pixel = 0) {
+  return static_cast<T*>(map.data) + sample * map.batch + channel * map.channel + pixel * map.pixel;
+}
+
 // Says "all lanes" where a count of lanes stands at the end of a row.
 struct Full {};
 template <class T>

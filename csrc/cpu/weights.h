@@ -21,7 +21,8 @@ const A* widened(const Context& context, const void* data, Dtype dtype, int64_t 
 
 template <class A>
 A dot(const A* a, const A* b, int64_t n) {
-  return reduce_plane<A, 1>(n, [=](int64_t i, auto lanes) CONVBLOCKS_LOOP { return Vecs<A, 1>{load(a + i, lanes) * load(b + i, lanes)}; })[0];
+  return reduce_plane<A, 1>(
+      n, [=](int64_t i, auto lanes) CONVBLOCKS_LOOP { return Vecs<A, 1>{load(a + i, lanes) * load(b + i, lanes)}; })[0];
 }
 
 // Calls f(first, std::integral_constant<int, G>) for groups of 4, 2 and 1: a weight loaded once serves the whole group.
@@ -50,32 +51,44 @@ void linear(int64_t count, int64_t rows, int64_t cols, const A* w, const A* b, c
   });
 }
 
-// Calls put(g, j, lanes, the sum over i < rows of left(i, g) * w[i * cols + j]) for all g < G and j < cols.
+// Calls put(g, j, lanes, the sum over i < rows of left(i, g) * w[i * cols + j]) for all g < G and j < cols. Sums of many
+// rows are built from sums of few, which lose less to rounding.
 template <int G, class A, class Left, class Put>
 void sum_rows(int64_t rows, int64_t cols, const A* w, Left left, Put put) {
   constexpr int kStep = 4, L = kLanes<A>;
+  constexpr int64_t kRows = 64;
   int64_t j = 0;
   for (; j + kStep * L <= cols; j += kStep * L) {
-    Vec<A> acc[G][kStep]{};
-    for (int64_t i = 0; i < rows; i++) {
+    Vec<A> total[G][kStep]{};
+    for (int64_t first = 0; first < rows; first += kRows) {
+      Vec<A> acc[G][kStep]{};
+      for (int64_t i = first; i < std::min(rows, first + kRows); i++) {
 #pragma GCC unroll 4
-      for (int s = 0; s < kStep; s++) {
-        const Vec<A> weight = load(w + i * cols + j + s * L);
+        for (int s = 0; s < kStep; s++) {
+          const Vec<A> weight = load(w + i * cols + j + s * L);
 #pragma GCC unroll 4
-        for (int g = 0; g < G; g++) acc[g][s] += left(i, g) * weight;
+          for (int g = 0; g < G; g++) acc[g][s] += left(i, g) * weight;
+        }
+      }
+      for (int g = 0; g < G; g++) {
+        for (int s = 0; s < kStep; s++) total[g][s] += acc[g][s];
       }
     }
     for (int g = 0; g < G; g++) {
-      for (int s = 0; s < kStep; s++) put(g, j + s * L, Full{}, acc[g][s]);
+      for (int s = 0; s < kStep; s++) put(g, j + s * L, Full{}, total[g][s]);
     }
   }
   for_lanes<A>(cols - j, [=](int64_t offset, auto lanes) CONVBLOCKS_LOOP {
-    Vec<A> acc[G]{};
-    for (int64_t i = 0; i < rows; i++) {
-      const Vec<A> weight = load(w + i * cols + j + offset, lanes);
-      for (int g = 0; g < G; g++) acc[g] += left(i, g) * weight;
+    Vec<A> total[G]{};
+    for (int64_t first = 0; first < rows; first += kRows) {
+      Vec<A> acc[G]{};
+      for (int64_t i = first; i < std::min(rows, first + kRows); i++) {
+        const Vec<A> weight = load(w + i * cols + j + offset, lanes);
+        for (int g = 0; g < G; g++) acc[g] += left(i, g) * weight;
+      }
+      for (int g = 0; g < G; g++) total[g] += acc[g];
     }
-    for (int g = 0; g < G; g++) put(g, j + offset, lanes, acc[g]);
+    for (int g = 0; g < G; g++) put(g, j + offset, lanes, total[g]);
   });
 }
 

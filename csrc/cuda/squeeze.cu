@@ -6,13 +6,13 @@ namespace convblocks::cuda {
 namespace {
 
 // Maximum and ties are always found, as they cost less than the reading, but reduced only where they are wanted.
-template <class T, int V, int P, bool kBackward>
+template <class T, int V, int P, bool kTies, bool kDot>
 __global__ void __launch_bounds__(kStreamThreads, 2)
     pool_kernel(View<const T> x, View<const T> grad, Tiling tiling, Pooled<Acc<T>> out) {
   using A = Acc<T>;
   CB_DYN_SHARED(A, shared);
   const Place at(tiling, blockIdx.x);
-  A sums[P * (1 + kBackward)] = {};  // of x, then of grad * x
+  A sums[P * (1 + kDot)] = {};  // of x, then of grad * x
   A max[P], ties[P] = {};
   for (int p = 0; p < P; p++) max[p] = -INFINITY;
   const auto see = [&](const Vec<T, V>& v) {
@@ -20,11 +20,11 @@ __global__ void __launch_bounds__(kStreamThreads, 2)
 #pragma unroll
     for (int e = 0; e < V; e++) {
       const A value = static_cast<A>(v.data[e]);
-      if (kBackward) ties[e % P] = value > max[e % P] ? 1 : ties[e % P] + (value == max[e % P]);
+      if (kTies) ties[e % P] = value > max[e % P] ? 1 : ties[e % P] + (value == max[e % P]);
       max[e % P] = Max()(max[e % P], value);
     }
   };
-  if constexpr (kBackward) {
+  if constexpr (kDot) {
     for_each_vector<V>(at, x, grad, [&](int, const Vec<T, V>& v, const Vec<T, V>& g) {
       see(v);
       add_vector<V, P>(sums + P, [&](int e) { return static_cast<A>(v.data[e]) * static_cast<A>(g.data[e]); });
@@ -37,7 +37,7 @@ __global__ void __launch_bounds__(kStreamThreads, 2)
     A own[P];
     for (int p = 0; p < P; p++) own[p] = max[p];
     team_reduce(max, tiling.width, shared, Max());
-    if constexpr (kBackward) {
+    if constexpr (kTies) {
       for (int p = 0; p < P; p++) ties[p] = own[p] == max[p] ? ties[p] : A(0);
       team_reduce(ties, tiling.width, shared);
     }
@@ -46,15 +46,15 @@ __global__ void __launch_bounds__(kStreamThreads, 2)
   for (int p = 0; p < P; p++) {
     const int64_t i = at.chunk * out.planes + (int64_t{at.sample} * tiling.columns + at.column) * P + p;
     out.sum[i] = sums[p];
-    if constexpr (kBackward) out.dot[i] = sums[P + p];
+    if constexpr (kDot) out.dot[i] = sums[P + p];
     if (out.max) {
       out.max[i] = max[p];
-      if constexpr (kBackward) out.ties[i] = ties[p];
+      if constexpr (kTies) out.ties[i] = ties[p];
     }
   }
 }
 
-template <class T, int V, int P, bool kMax>
+template <class T, int V, int P, bool kIn, bool kMax>
 __global__ void __launch_bounds__(kStreamThreads, 2)
     apply_kernel(View<const T> in, View<const T> x, View<T> out, Tiling tiling, Changes<T> source) {
   using A = Acc<T>;
@@ -79,7 +79,16 @@ __global__ void __launch_bounds__(kStreamThreads, 2)
   for (int p = 0; p < P; p++) mine[p] = changes[threadIdx.y * tile_planes + at.lane * P + p];
   T* const p = at.in(out);
   const int64_t step = at.step * out.vector;
-  if constexpr (kMax) {
+  if constexpr (!kIn) {
+    for_each_vector<V>(at, x, [&](int k, Vec<T, V> v) {
+#pragma unroll
+      for (int e = 0; e < V; e++) {
+        const Change<A>& c = mine[e % P];
+        v.data[e] = static_cast<T>(static_cast<A>(v.data[e]) == c.max ? c.shift + c.at_max : c.shift);
+      }
+      store(p + k * step, v);
+    });
+  } else if constexpr (kMax) {
     for_each_vector<V>(at, in, x, [&](int k, Vec<T, V> v, const Vec<T, V>& xs) {
 #pragma unroll
       for (int e = 0; e < V; e++) {
@@ -107,7 +116,9 @@ void pool(const Context& context, const Layout& layout, const Tiling& tiling, co
           const Pooled<Acc<T>>& pooled) {
   const auto xs = layout.view<const T>(x), gs = layout.view<const T>(grad ? *grad : x);
   with_shape<T>(layout, [&]<int V, int P>(Shape<V, P>) {
-    const auto kernel = grad ? pool_kernel<T, V, P, true> : pool_kernel<T, V, P, false>;
+    const auto kernel = grad          ? pool_kernel<T, V, P, true, true>
+                        : pooled.ties ? pool_kernel<T, V, P, true, false>
+                                      : pool_kernel<T, V, P, false, false>;
     CB_LAUNCH(kernel, tiling.blocks(), tiling.block(), tiling.reduce_bytes<Acc<T>>(grad ? 2 * P : P),
               stream_of(context), xs, gs, tiling, pooled);
   });
@@ -120,7 +131,9 @@ void apply(const Context& context, const Layout& layout, const Map& in, const Ma
   const auto ins = layout.view<const T>(in), xs = layout.view<const T>(x);
   const auto outs = layout.view<T>(out);
   with_shape<T>(layout, [&]<int V, int P>(Shape<V, P>) {
-    const auto kernel = changes.pooled.max ? apply_kernel<T, V, P, true> : apply_kernel<T, V, P, false>;
+    const auto kernel = !in.data             ? apply_kernel<T, V, P, false, true>
+                        : changes.pooled.max ? apply_kernel<T, V, P, true, true>
+                                             : apply_kernel<T, V, P, true, false>;
     CB_LAUNCH(kernel, tiling.blocks(), tiling.block(), tiling.teams * tiling.width * P * sizeof(Change<Acc<T>>),
               stream_of(context), ins, xs, outs, tiling, changes);
   });

@@ -13,20 +13,22 @@ struct Pooled {
   A *sum = nullptr, *dot = nullptr;   // of x, and of grad * x
   A *max = nullptr, *ties = nullptr;  // the maximum, and how many pixels are it; null where it is not wanted
   int chunks = 1;
+  bool both = false;  // mean and maximum are two numbers: the maxima follow the means of all planes
   int64_t planes = 0;
   A mean_scale = 1;  // 1 / pixels
 
   Pooled() = default;
-  Pooled(Workspace<A>& workspace, int64_t planes, int64_t pixels, int chunks, bool backward, bool maximum)
-      : chunks(chunks), planes(planes), mean_scale(A(1) / pixels) {
+  Pooled(Workspace<A>& workspace, int64_t planes, int64_t pixels, int chunks, bool backward, bool maximum,
+         bool both = false)
+      : chunks(chunks), both(both), planes(planes), mean_scale(A(1) / pixels) {
     const auto take = [&](bool wanted) { return wanted ? workspace.take(planes * chunks) : nullptr; };
     sum = take(true);
-    dot = take(backward);
+    dot = take(backward && !both);
     max = take(maximum);
     ties = take(backward && maximum);
   }
-  static int64_t size(int64_t planes, int chunks, bool backward, bool maximum) {
-    return planes * chunks * (1 + backward) * (1 + maximum);
+  static int64_t size(int64_t planes, int chunks, bool backward, bool maximum, bool both = false) {
+    return planes * chunks * ((1 + backward) * (1 + maximum) - (backward && both));
   }
 
   __device__ A total(const A* part, int64_t plane) const {
@@ -52,8 +54,9 @@ struct Pooled {
   }
   // Mean, or half mean and half maximum.
   __device__ A squeeze(int64_t plane) const {
+    if (both && plane >= planes) return maximum(plane - planes);
     const A mean = total(sum, plane) * mean_scale;
-    return max ? (mean + maximum(plane)) / 2 : mean;
+    return max && !both ? (mean + maximum(plane)) / 2 : mean;
   }
 };
 
@@ -112,18 +115,22 @@ struct Changes {
   __device__ Change<A> operator()(int64_t sample, int channel, int channels, int lane) const {
     const int64_t plane = sample * channels + channel;
     const A value = values ? values[plane] : linear(sample, channel, lane, lanes());
+    if (pooled.both) {
+      return {0, value * pooled.mean_scale, pooled.maximum(plane), values[pooled.planes + plane] / pooled.tied(plane)};
+    }
     if (!gates) return {values ? value : apply_gate(value, gate), 0, 0, 0};
     if (!pooled.max) return {gates[plane], value * pooled.mean_scale, 0, 0};
     return {gates[plane], value / 2 * pooled.mean_scale, pooled.maximum(plane), value / 2 / pooled.tied(plane)};
   }
 };
 
-// Pools x, and grad * x if there is a grad.
+// Pools x, and grad * x if there is a grad; how many pixels have the maximum, where `pooled` has ties.
 template <class T>
 void pool(const Context& context, const Layout& layout, const Tiling& tiling, const Map& x, const Map* grad,
           const Pooled<Acc<T>>& pooled);
 
-// out = in * scale + shift; x is read only where a change depends on the maximum.
+// out = in * scale + shift, or without `in` (its data is null) the shift alone; x is read only where a change depends on
+// the maximum.
 template <class T>
 void apply(const Context& context, const Layout& layout, const Map& in, const Map& x, const Map& out,
            const Changes<T>& changes);

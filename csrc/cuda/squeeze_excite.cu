@@ -1,167 +1,14 @@
 // Squeeze-and-excitation on CUDA. Forward: a pass that pools, the small matrix products, and a pass that applies the
 // gates; where the last product is small the blocks of that pass do it. Backward: a pass that sums x and grad * x, the
-// products and their gradients, and the pass that writes grad_x. The products are bound by reading the weights, so each
-// block takes several samples to one reading.
+// products and their gradients, and the pass that writes grad_x.
 #include "../squeeze_excite.h"
 
-#include "squeeze.h"
+#include "layers.h"
 
 namespace convblocks::cuda {
 namespace {
 
-constexpr int kThreads = 256;
-constexpr int kSamples = 4;   // of a block in a product
-constexpr int kAcross = 8;    // lanes across a row in a product with the transposed weights
-constexpr int kColumns = 32;  // lanes across a row of a gradient of weights
-constexpr int kRows = 4;      // of a block in a gradient of weights
-
-// A layer's weights: rows of `columns`.
-template <class T>
-struct Layer {
-  Parameter<T> weight, bias;
-  int64_t rows, columns;
-};
-
-// What is done with a product's numbers. Activated: z is kept for the backward.
-template <class T>
-struct Hidden {
-  Acc<T>*z, *h;  // [sample][unit]; z may be null
-  Activation activation;
-  __device__ void operator()(int64_t i, Acc<T> logit) const {
-    if (z) z[i] = logit;
-    h[i] = activate(logit, activation);
-  }
-};
-// Gated: in the backward with the loss's slopes by the logits.
-template <class T>
-struct Gated {
-  Acc<T>*gates, *slopes;  // [sample][channel]; slopes may be null
-  Gate gate;
-  Pooled<Acc<T>> pooled;
-  __device__ void operator()(int64_t plane, Acc<T> logit) const {
-    const Acc<T> gated = apply_gate(logit, gate);
-    gates[plane] = gated;
-    if (slopes) slopes[plane] = gate_grad(pooled.total(pooled.dot, plane), logit, gated, gate);
-  }
-};
-
-// Calls finish(sample * rows + row, the row of the weights times the sample's input + bias): a team for each row and
-// kSamples samples.
-template <class T, class F>
-__global__ void __launch_bounds__(kThreads, 2)
-    product_kernel(Layer<T> layer, Pooled<Acc<T>> input, int64_t samples, F finish) {
-  using A = Acc<T>;
-  CB_DYN_SHARED(A, shared);
-  const Quotient place = divide(blockIdx.x * blockDim.y + threadIdx.y, layer.rows);
-  const int64_t row = place.remainder, first = int64_t{place.quotient} * kSamples, columns = layer.columns;
-  A sums[kSamples] = {};
-  if (first < samples) {
-    for (int64_t i = threadIdx.x; i < columns; i += blockDim.x) {
-      const A weight = layer.weight[row * columns + i];
-#pragma unroll
-      for (int s = 0; s < kSamples; s++) {
-        sums[s] += weight * input.squeeze(min(first + s, samples - 1) * columns + i);
-      }
-    }
-  }
-  team_reduce(sums, 1, shared);
-  const A bias = layer.bias ? layer.bias[row] : A(0);
-  const int thread = threadIdx.x;
-#pragma unroll
-  for (int s = 0; s < kSamples; s++) {
-    if (thread == s && first + s < samples) finish((first + s) * layer.rows + row, sums[s] + bias);
-  }
-}
-
-// out[sample][column] = the sum over rows of weight[row][column] * input[sample][row], then back through the activation
-// of z.
-template <class T>
-struct Transposed {
-  Layer<T> layer;
-  const Acc<T>* input;
-  Acc<T>* out;
-  const Acc<T>* z;  // or null
-  Activation activation;
-  int64_t samples;
-
-  __host__ __device__ unsigned blocks() const { return ceil_div(layer.columns, kAcross) * ceil_div(samples, kSamples); }
-  __device__ void run(unsigned block, Acc<T>* shared) const {
-    using A = Acc<T>;
-    const Quotient place = divide(block, ceil_div(layer.columns, kAcross));
-    const int own_row = threadIdx.x / kAcross;
-    const int64_t column = place.remainder * kAcross + threadIdx.x % kAcross, first = place.quotient * kSamples;
-    A sums[kSamples] = {};
-    if (column < layer.columns) {
-      for (int64_t row = own_row; row < layer.rows; row += kThreads / kAcross) {
-        const A weight = layer.weight[row * layer.columns + column];
-#pragma unroll
-        for (int s = 0; s < kSamples; s++) sums[s] += weight * input[min(first + s, samples - 1) * layer.rows + row];
-      }
-    }
-    team_reduce(sums, kAcross, shared);
-#pragma unroll
-    for (int s = 0; s < kSamples; s++) {
-      if (own_row == s && column < layer.columns && first + s < samples) {
-        const int64_t i = (first + s) * layer.columns + column;
-        out[i] = z ? activation_grad(sums[s], z[i], activation) : sums[s];
-      }
-    }
-  }
-};
-
-// The gradients of a layer. Of weight[row][column]: the sum over samples of slopes[sample][row] times
-// input[sample][column]. Of the bias: the same with one column of ones.
-template <class T>
-struct WeightGradient {
-  Layer<T> grad;
-  const Acc<T>* slopes;
-  Pooled<Acc<T>> input;
-  int64_t samples;
-
-  __host__ __device__ unsigned blocks() const {
-    return ceil_div(grad.columns + 1, kColumns) * ceil_div(grad.rows, kRows);
-  }
-  __device__ void run(unsigned block, Acc<T>* shared) const {
-    using A = Acc<T>;
-    const Quotient place = divide(block, ceil_div(grad.columns + 1, kColumns));
-    const int own_row = threadIdx.x / kColumns;
-    const int64_t column = place.remainder * kColumns + threadIdx.x % kColumns, first = place.quotient * kRows;
-    A sums[kRows] = {};
-    if (column <= grad.columns) {
-      for (int64_t s = own_row; s < samples; s += kThreads / kColumns) {
-        const A value = column < grad.columns ? input.squeeze(s * grad.columns + column) : A(1);
-#pragma unroll
-        for (int r = 0; r < kRows; r++) sums[r] += value * slopes[s * grad.rows + min(first + r, grad.rows - 1)];
-      }
-    }
-    team_reduce(sums, kColumns, shared);
-#pragma unroll
-    for (int r = 0; r < kRows; r++) {
-      const int64_t row = first + r;
-      if (own_row != r || row >= grad.rows) continue;
-      if (column < grad.columns) grad.weight.set(row * grad.columns + column, sums[r]);
-      if (column == grad.columns && grad.bias) grad.bias.set(row, sums[r]);
-    }
-  }
-};
-
-template <class T>
-__global__ void __launch_bounds__(kThreads, 2) transposed_kernel(Transposed<T> product) {
-  CB_DYN_SHARED(Acc<T>, shared);
-  product.run(blockIdx.x, shared);
-}
-
-// What depends on nothing else any more: the gradients of the squeezed numbers and of the weights.
-template <class T>
-__global__ void __launch_bounds__(kThreads, 2)
-    gradients_kernel(Transposed<T> squeezed, WeightGradient<T> second, WeightGradient<T> first) {
-  CB_DYN_SHARED(Acc<T>, shared);
-  unsigned block = blockIdx.x;
-  if (block < squeezed.blocks()) return squeezed.run(block, shared);
-  block -= squeezed.blocks();
-  if (block < second.blocks()) return second.run(block, shared);
-  first.run(block - second.blocks(), shared);
-}
+constexpr int kSamples = 4;  // of few planes
 
 template <class T>
 class SqueezeExcite {
@@ -169,7 +16,7 @@ class SqueezeExcite {
   using A = Acc<T>;
 
   SqueezeExcite(const Context& context, int64_t n, int64_t c, int64_t hw, const SqueezeExciteWeights& w, bool backward)
-      : context_(context), w_(w), n_(n), c_(c), hw_(hw), backward_(backward) {}
+      : context_(context), w_(w), layers_(context, n, c, w), n_(n), c_(c), hw_(hw), backward_(backward) {}
 
   template <size_t K>
   const char* prepare(const Map (&maps)[K]) {
@@ -181,21 +28,15 @@ class SqueezeExcite {
     Workspace<A> workspace(context_, size(tiling));
     const Pooled<A> pooled(workspace, n_ * c_, hw_, tiling.chunks, false, w_.add_maxpool);
     pool<T>(context_, layout_, tiling, args.x, nullptr, pooled);
-    A *const hidden = workspace.take(n_ * w_.reduced), *const gates = workspace.take(n_ * c_);
-    const Layer<T> second = layer(w_.w2, w_.b2, c_, w_.reduced ? w_.reduced : c_);
-    Pooled<A> input = pooled;
-    if (w_.reduced) {
-      product(layer(w_.w1, w_.b1, w_.reduced, c_), pooled, Hidden<T>{nullptr, hidden, w_.activation});
-      input = numbers(hidden);
-    }
+    const Pooled<A> input = layers_.hidden(workspace, pooled);
     Changes<T> changes;
     // The blocks that apply the gates read a row of w2 for each plane: less than the plane, or else few planes in all.
     if (w_.reduced && (w_.reduced <= hw_ || n_ <= kSamples)) {
-      changes.linear = {second.weight, second.bias, input, static_cast<int>(w_.reduced), static_cast<int>(w_.reduced)};
+      const Layer<T> last = layers_.second();
+      changes.linear = {last.weight, last.bias, input, static_cast<int>(w_.reduced), static_cast<int>(w_.reduced)};
       changes.gate = w_.gate;
     } else {
-      product(second, input, Gated<T>{gates, nullptr, w_.gate, pooled});
-      changes.values = gates;
+      changes.values = layers_.gates(workspace, input);
     }
     apply<T>(context_, layout_, args.x, args.x, args.y, changes);
   }
@@ -205,27 +46,8 @@ class SqueezeExcite {
     Workspace<A> workspace(context_, size(tiling));
     const Pooled<A> pooled(workspace, n_ * c_, hw_, tiling.chunks, true, w_.add_maxpool);
     pool<T>(context_, layout_, tiling, args.x, &args.grad, pooled);
-    A *const z = workspace.take(n_ * w_.reduced), *const hidden = workspace.take(n_ * w_.reduced);
-    A *const hidden_slopes = workspace.take(n_ * w_.reduced), *const gates = workspace.take(n_ * c_);
-    A *const slopes = workspace.take(n_ * c_), *const squeezed = workspace.take(n_ * c_);
-
-    const Layer<T> first = layer(w_.w1, w_.b1, w_.reduced, c_);
-    const Layer<T> second = layer(w_.w2, w_.b2, c_, w_.reduced ? w_.reduced : c_);
-    const Pooled<A> input = w_.reduced ? numbers(hidden) : pooled;
-    if (w_.reduced) product(first, pooled, Hidden<T>{z, hidden, w_.activation});
-    product(second, input, Gated<T>{gates, slopes, w_.gate, pooled});
-    Transposed<T> by_squeezed{second, slopes, squeezed, nullptr, w_.activation, n_};
-    if (w_.reduced) {
-      const Transposed<T> by_hidden{second, slopes, hidden_slopes, z, w_.activation, n_};
-      launch(transposed_kernel<T>, by_hidden.blocks(), by_hidden);
-      by_squeezed = {first, hidden_slopes, squeezed, nullptr, w_.activation, n_};
-    }
-    const Layer<T> grad_first = layer(args.grad_w1, args.grad_b1, first.rows, first.columns);
-    const Layer<T> grad_second = layer(args.grad_w2, args.grad_b2, second.rows, second.columns);
-    const WeightGradient<T> by_first{grad_first, hidden_slopes, pooled, n_}, by_second{grad_second, slopes, input, n_};
-    launch(gradients_kernel<T>, by_squeezed.blocks() + by_second.blocks() + by_first.blocks(), by_squeezed, by_second,
-           by_first);
-
+    const auto [gates, squeezed] =
+        layers_.backward(workspace, pooled, pooled, {args.grad_w1, args.grad_b1, args.grad_w2, args.grad_b2});
     Changes<T> changes;
     changes.values = squeezed;
     changes.gates = gates;
@@ -235,33 +57,12 @@ class SqueezeExcite {
 
  private:
   int64_t size(const Tiling& tiling) const {
-    return Pooled<A>::size(n_ * c_, tiling.chunks, backward_, w_.add_maxpool) +
-           n_ * (backward_ ? 3 * (c_ + w_.reduced) : c_ + w_.reduced);
-  }
-  Layer<T> layer(const void* weight, const void* bias, int64_t rows, int64_t columns) const {
-    return {{weight, w_.dtype}, {bias, w_.dtype}, rows, columns};
-  }
-  static Pooled<A> numbers(A* values) {
-    Pooled<A> pooled;
-    pooled.sum = values;
-    return pooled;
-  }
-  template <class F>
-  void product(const Layer<T>& layer, const Pooled<A>& input, const F& finish) const {
-    const int threads = layer.columns <= 256 ? 32 : 128, teams = threads == 32 ? 4 : 1;
-    const int64_t rows = layer.rows * ceil_div(n_, kSamples);
-    const auto kernel = product_kernel<T, F>;
-    CB_LAUNCH(kernel, ceil_div(rows, teams), dim3(threads, teams), threads / 32 * kSamples * sizeof(A),
-              stream_of(context_), layer, input, n_, finish);
-  }
-  template <class... Parameters>
-  void launch(void (*kernel)(Parameters...), int64_t blocks, const Parameters&... parameters) const {
-    const int numbers = std::max(kAcross * kSamples, kColumns * kRows);
-    CB_LAUNCH(kernel, blocks, kThreads, kThreads / 32 * numbers * sizeof(A), stream_of(context_), parameters...);
+    return Pooled<A>::size(n_ * c_, tiling.chunks, backward_, w_.add_maxpool) + layers_.size(backward_);
   }
 
   const Context& context_;
   const SqueezeExciteWeights& w_;
+  Layers<T> layers_;
   int64_t n_, c_, hw_;
   bool backward_;
   Layout layout_;

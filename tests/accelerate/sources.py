@@ -6,6 +6,7 @@ import sys
 from collections.abc import Callable
 from functools import partial
 from types import ModuleType
+from typing import Any
 
 import pytest
 import torch
@@ -22,6 +23,7 @@ from timm.layers import (  # noqa: E402
     GlobalContext,
     SEModule,
 )
+from timm.layers.cbam import CbamModule, LightCbamModule  # noqa: E402
 from timm.models._efficientnet_blocks import SqueezeExcite  # noqa: E402
 from timm.models.fasternet import Partial_conv3  # noqa: E402
 from timm.models.hgnet import EseModule  # noqa: E402
@@ -47,16 +49,34 @@ class SmpSEModule(nn.Module):
         return x * self.sigmoid(self.fc2(self.relu(self.fc1(self.avg_pool(x)))))
 
 
-def _as_if_of_smp() -> None:
-    name = "segmentation_models_pytorch.encoders._senet"
-    SmpSEModule.__module__, SmpSEModule.__qualname__ = name, "SEModule"
-    SmpSEModule.forward.__module__, SmpSEModule.forward.__qualname__ = name, "SEModule.forward"
-    module = ModuleType(name)
-    module.SEModule = SmpSEModule  # type: ignore[attr-defined]
-    sys.modules[name] = module
+class SmpSCSEModule(nn.Module):
+    """As the decoders of segmentation_models_pytorch have it."""
+
+    def __init__(self, in_channels: int, reduction: int = 16) -> None:
+        super().__init__()
+        self.cSE = nn.Sequential(
+            nn.AdaptiveAvgPool2d(1),
+            nn.Conv2d(in_channels, in_channels // reduction, 1),
+            nn.ReLU(inplace=True),
+            nn.Conv2d(in_channels // reduction, in_channels, 1),
+            nn.Sigmoid(),
+        )
+        self.sSE = nn.Sequential(nn.Conv2d(in_channels, 1, 1), nn.Sigmoid())
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x * self.cSE(x) + x * self.sSE(x)
 
 
-_as_if_of_smp()
+def _as_if_of_smp(cls: type[nn.Module], name: str, qualname: str) -> None:
+    forward: Any = cls.forward
+    cls.__module__, cls.__qualname__ = name, qualname
+    forward.__module__, forward.__qualname__ = name, f"{qualname}.forward"
+    sys.modules[name] = ModuleType(name)
+    setattr(sys.modules[name], qualname, cls)
+
+
+_as_if_of_smp(SmpSEModule, "segmentation_models_pytorch.encoders._senet", "SEModule")
+_as_if_of_smp(SmpSCSEModule, "segmentation_models_pytorch.base.modules", "SCSEModule")
 
 SOURCES: dict[str, Callable[[], nn.Module]] = {
     "se": partial(SEModule, CHANNELS),
@@ -72,6 +92,7 @@ SOURCES: dict[str, Callable[[], nn.Module]] = {
     "efficientnet-hard": partial(SqueezeExcite, CHANNELS, act_layer="hard_swish", gate_layer="hard_sigmoid"),
     "senet": partial(SenetSEModule, CHANNELS, 4),
     "smp": partial(SmpSEModule, CHANNELS, 4),
+    "smp-scse": partial(SmpSCSEModule, CHANNELS),
     "ese": partial(EffectiveSEModule, CHANNELS),
     "ese-maxpool-sigmoid": partial(EffectiveSEModule, CHANNELS, add_maxpool=True, gate_layer="sigmoid"),
     "hgnet": partial(EseModule, CHANNELS),
@@ -81,6 +102,9 @@ SOURCES: dict[str, Callable[[], nn.Module]] = {
     "ceca": partial(CecaModule, kernel_size=5),
     "gc-mean": partial(GlobalContext, CHANNELS, use_attn=False, fuse_add=True, rd_channels=5),
     "ceca-bias": partial(CecaModule, CHANNELS, act_layer=nn.ReLU),
+    "cbam": partial(CbamModule, CHANNELS, rd_ratio=1 / 4),
+    "cbam-hard": partial(CbamModule, CHANNELS, spatial_kernel_size=3, gate_layer="hard_sigmoid", mlp_bias=True),
+    "light-cbam": partial(LightCbamModule, CHANNELS, rd_ratio=1 / 4),
     "depthwise": partial(nn.Conv2d, CHANNELS, CHANNELS, 3, padding=1, groups=CHANNELS),
     "depthwise-5": partial(
         nn.Conv2d, CHANNELS, CHANNELS, 5, padding=(4, 2), dilation=(2, 1), groups=CHANNELS, bias=False

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import pytest
 import torch
+from torch import nn
 from torch.nn.utils import prune
 
 import convblocks
-from tests.accelerate.sources import CHANNELS, InvertedResidual, SEModule, made, network
+from tests.accelerate.sources import CHANNELS, CbamModule, InvertedResidual, SEModule, SmpSCSEModule, made, network
 
 
 def test_hooks_on_the_module_fire() -> None:
@@ -47,3 +48,39 @@ def test_backward_hook_of_a_layer_afterwards_fires() -> None:
     module.fc2.register_full_backward_hook(lambda *_: seen.append("full"))
     module(torch.randn(2, CHANNELS, 6, 6, requires_grad=True)).sum().backward()
     assert seen == ["full"]
+
+
+def test_changes_in_the_parts_of_cbam_afterwards_count() -> None:
+    """A hook on any layer, another activation or convolution: what is in the module is called again."""
+    x = torch.randn(2, CHANNELS, 6, 6)
+    module = made(lambda: CbamModule(CHANNELS, rd_ratio=1 / 4)).eval()
+    convblocks.accelerate(module, include="", strict=True)
+    plain = module(x)
+    seen: list[str] = []
+    layers = {"gate": module.channel.gate, "block": module.spatial.conv, "conv": module.spatial.conv.conv}
+    handles = [layer.register_forward_hook(lambda *_, n=name: seen.append(n)) for name, layer in layers.items()]
+    torch.testing.assert_close(module(x), plain)
+    assert seen == ["gate", "conv", "block"]
+    for handle in handles:
+        handle.remove()
+    module.channel.act = nn.SiLU()
+    torch.testing.assert_close(module(x), module.spatial(module.channel(x)))
+    module.spatial.conv.conv = nn.Conv2d(2, 1, 3, padding=1)
+    torch.testing.assert_close(module(x), module.spatial(module.channel(x)))
+
+
+def test_changes_in_the_parts_of_scse_afterwards_count() -> None:
+    """A hook on any layer, another activation, one layer more: what is in the module is called again."""
+    x = torch.randn(2, CHANNELS, 6, 6)
+    module = made(lambda: SmpSCSEModule(CHANNELS))
+    convblocks.accelerate(module, include="", strict=True)
+    plain = module(x)
+    seen: list[str] = []
+    handle = module.cSE[4].register_forward_hook(lambda *_: seen.append("gate"))
+    module.sSE.register_forward_hook(lambda *_: seen.append("part"))
+    torch.testing.assert_close(module(x), plain)
+    assert seen == ["gate", "part"]
+    handle.remove()
+    for change in (lambda: module.cSE.__setitem__(2, nn.SiLU()), lambda: module.sSE.append(nn.ReLU())):
+        change()
+        torch.testing.assert_close(module(x), x * module.cSE(x) + x * module.sSE(x))

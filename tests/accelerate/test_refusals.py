@@ -16,9 +16,11 @@ from torch.nn.utils import parametrizations, parametrize, prune
 import convblocks
 from tests.accelerate.sources import (
     CHANNELS,
+    CbamModule,
     EcaModule,
     InvertedResidual,
     SEModule,
+    SmpSCSEModule,
     SqueezeExcitation,
     network,
     timm,
@@ -121,6 +123,34 @@ REFUSED: dict[str, tuple[Callable[[], nn.Module], str]] = {
         lambda: _with(unit, lambda m: setattr(m, "branch2", _Branch(*m.branch2))),
         "branch2 is a tests.accelerate.test_refusals._Branch",
     ),
+    "scse without hidden units": (lambda: SmpSCSEModule(8), "cSE.1 has no outputs"),
+    "scse with another layer": (
+        lambda: _with(partial(SmpSCSEModule, 32), lambda m: m.cSE.__setitem__(2, nn.SiLU())),
+        "cSE.2 is a torch.nn.modules.activation.SiLU",
+    ),
+    "scse with a larger kernel": (
+        lambda: _with(partial(SmpSCSEModule, 32), lambda m: m.sSE.__setitem__(0, nn.Conv2d(32, 1, 3, padding=1))),
+        "sSE.0 is not a 1x1",
+    ),
+    "scse with one layer more": (
+        lambda: _with(partial(SmpSCSEModule, 32), lambda m: m.sSE.append(nn.ReLU())),
+        "sSE has 3 layers, not 2",
+    ),
+    "cbam with two gates": (
+        lambda: _with(partial(CbamModule, 32), lambda m: setattr(m.spatial, "gate", nn.Hardsigmoid())),
+        "channel and spatial have different gates: hardsigmoid, sigmoid",
+    ),
+    "cbam with a dilated convolution": (
+        lambda: _with(
+            partial(CbamModule, 32),
+            lambda m: setattr(m.spatial.conv, "conv", nn.Conv2d(2, 1, 3, padding=2, dilation=2)),
+        ),
+        "does not convolve planes to one of the same size",
+    ),
+    "cbam with another spatial part": (
+        lambda: _with(partial(CbamModule, 32), lambda m: setattr(m, "spatial", nn.Identity())),
+        "spatial is not a timm.layers.cbam.SpatialAttn",
+    ),
     "no groups": (lambda: nn.ChannelShuffle(0), "groups is 0"),
     "float8": (lambda: se().to(torch.float8_e4m3fn), "fc1 has parameters of torch.float8"),
     "not finite": (lambda: _with(se, lambda m: m.fc1.weight.data.fill_(torch.nan)), "output is off by nan"),
@@ -129,6 +159,7 @@ REFUSED: dict[str, tuple[Callable[[], nn.Module], str]] = {
 
 @pytest.mark.parametrize(("make", "reason"), REFUSED.values(), ids=REFUSED.keys())
 @pytest.mark.filterwarnings("ignore::FutureWarning", "ignore::DeprecationWarning", "ignore:.*quantized tensor creation")
+@pytest.mark.filterwarnings("ignore:Initializing zero-element tensors")
 def test_stays_and_says_why(make: Callable[[], nn.Module], reason: str) -> None:
     model = make()
     classes = [type(m) for m in model.modules()]

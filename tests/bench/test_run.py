@@ -22,7 +22,7 @@ from bench.__main__ import main
 from bench.cases import PRESETS, call, convert, plan
 from bench.results import Results
 from convblocks import backends
-from convblocks.opinfo import OPS
+from convblocks.opinfo import OPS, TIMED
 from tests.bench.common import SMALL, run
 
 ROOT = Path(bench.__file__).parent.parent
@@ -37,12 +37,12 @@ def test_every_row_carries_what_it_was_and_what_it_cost(tmp_path: Path, capsys: 
     assert (
         len(results.rows)
         == results.header["planned_rows"]
-        == sum(len(info.bench) for info in OPS.values()) * 2 * 2 * 2 * 2
+        == sum(len(info.bench) for info in TIMED.values()) * 2 * 2 * 2 * 2
     )
     assert len({r.key for r in results.rows}) == len(results.rows)
     assert {(r.op, r.dtype, r.mode, r.layout) for r in results.rows} == {
         (op, dtype, mode, layout)
-        for op in OPS
+        for op in TIMED
         for dtype in ("float32", "bfloat16")
         for mode in ("fwd", "fwd+bwd")
         for layout in ("contiguous", "channels_last")
@@ -50,19 +50,19 @@ def test_every_row_carries_what_it_was_and_what_it_cost(tmp_path: Path, capsys: 
     for r in results.rows:
         assert r.verified
         assert r.threads == 1
-        assert r.backend == backends.which(r.op, torch.empty(1))
+        assert r.backend == backends.which(TIMED[r.op].dispatched, torch.empty(1))
         assert set(r.peers) == {"eager/contiguous", "eager/channels_last"}
         assert r.ours
         assert r.ours.min <= r.ours.q1 <= r.ours.median <= r.ours.q3
         assert r.ours.n >= 7
-        maps = OPS[r.op].sample(tuple(r.size), r.options, dtype=getattr(torch, r.dtype)).maps
+        maps = TIMED[r.op].sample(tuple(r.size), r.options, dtype=getattr(torch, r.dtype)).maps
         assert r.copy_bytes == 2 * sum(t.numel() * t.element_size() for t in maps)
         assert r.least_bytes >= r.copy_bytes // 2 * (3 if r.mode == "fwd+bwd" else 1)  # a stride leaves little to write
     assert {"torch", "python", "cpu", "threads", "date", "seed", "command", "git"} <= set(results.header)
     shown = capsys.readouterr().out
     assert "geometric means" in shown
     assert "left" in shown
-    assert all(op in shown for op in OPS)
+    assert all(op in shown for op in TIMED)
 
 
 def test_peers_are_compiled_for_each_size(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -171,7 +171,10 @@ def test_interruption_keeps_what_is_done(tmp_path: Path) -> None:
 
 
 BAD = {
-    "op": (["--ops", "simam,simma"], "--ops: expected one or more of " + ", ".join(OPS) + " (with commas), got simma"),
+    "op": (
+        ["--ops", "simam,simma"],
+        "--ops: expected one or more of " + ", ".join(TIMED) + " (with commas), got simma",
+    ),
     "dtype": (["--dtype", "int8"], "--dtype: expected one or more of float32, float64, float16, bfloat16"),
     "layout": (["--layout", "nchw"], "--layout: expected one or more of contiguous, channels_last"),
     "mode": (["--mode", "bwd"], "--mode: expected one or more of fwd, fwd+bwd (with commas), got bwd"),

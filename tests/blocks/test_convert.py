@@ -55,6 +55,29 @@ def test_squeeze_excite(source: str, names: tuple[str, str], linear: bool, wrapp
 
 
 @pytest.mark.parametrize(
+    ("source", "names", "linear"),
+    [
+        ("convblocks", ("cSE.fc1", "cSE.fc2", "sSE.conv"), False),
+        ("segmentation_models_pytorch", ("cSE.1", "cSE.3", "sSE.0"), False),
+        ("official", ("cSE.fc1", "cSE.fc2", "sSE.conv"), True),
+        ("official", ("cSE.Conv_Squeeze", "cSE.Conv_Excitation", "sSE.conv"), False),
+    ],
+)
+@pytest.mark.parametrize("prefix", ["", "module.decoder.blocks.0.attention1.attention."])
+def test_scse(source: str, names: tuple[str, str, str], linear: bool, prefix: str) -> None:
+    block = convblocks.SCSE(C, C // R)
+    given = _shapes(*names[:2], linear=linear)
+    given |= {f"{names[2]}.weight": torch.randn(1, C, 1, 1), f"{names[2]}.bias": torch.randn(1)}
+    sd = {prefix + k: v for k, v in given.items()}
+    for converted in (convert_state_dict(sd), convert_state_dict(sd, source=source)):
+        start = prefix.removeprefix("module.")
+        assert all(k.startswith(start) for k in converted)
+        block.load_state_dict({k.removeprefix(start): v for k, v in converted.items()}, strict=True)
+        for a, b in zip(block.state_dict().values(), given.values(), strict=True):
+            assert torch.equal(a.flatten(), b.flatten())
+
+
+@pytest.mark.parametrize(
     ("source", "names"),
     [
         ("convblocks", ("conv_dw", "bn1", "conv_pw", "bn2")),

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager
+from typing import Any
 
 import pytest
 import torch
@@ -18,15 +19,20 @@ from tests.ops.variants import WITH_SUMS
 
 Watch = Callable[..., AbstractContextManager[Traffic]]
 
-each_case = pytest.mark.parametrize(
-    ("info", "options", "dtype", "parameter_dtype"),
-    [
-        pytest.param(info, o, *dtypes, id=f"{info.name}-{i}-{'-'.join(str(d).removeprefix('torch.') for d in dtypes)}")
-        for info in (*OPS.values(), WITH_SUMS)
-        for i, o in enumerate(info.options)
-        for dtypes in dtype_pairs(info)
-    ],
-)
+
+def _cases() -> Iterator[Any]:
+    """The first option in every dtype; each other one in float32 and one more in turn, the rest being slow."""
+    for info in (*OPS.values(), WITH_SUMS):
+        pairs = dtype_pairs(info)
+        for i, options in enumerate(info.options):
+            for j, dtypes in enumerate(pairs):
+                often = i == 0 or j in (0, 1 + i % (len(pairs) - 1))
+                names = "-".join(str(d).removeprefix("torch.") for d in dtypes)
+                marks = () if often else pytest.mark.slow
+                yield pytest.param(info, options, *dtypes, id=f"{info.name}-{i}-{names}", marks=marks)
+
+
+each_case = pytest.mark.parametrize(("info", "options", "dtype", "parameter_dtype"), list(_cases()))
 
 
 def prove(
@@ -67,7 +73,10 @@ each_traffic = pytest.mark.parametrize(
 
 def prove_traffic(info: OpInfo, size: Size, dtype: torch.dtype, layout: str, backward: bool, watch: Watch) -> None:
     """What a GPU has to keep on chip is not fetched again: bytes in whole sectors against ``least_bytes``."""
-    sample = info.sample(size, info.bench[0], dtype=dtype, layout=layout)
+    n, c, h, w = size
+    if c < info.traffic_channels:
+        n, c, h, w = 1, info.traffic_channels, 28, 28
+    sample = info.sample((n, c, h, w), info.bench[0], dtype=dtype, layout=layout)
     arguments = operands(info, sample)
     if backward:
         arguments = backward_operands(info, sample, info.gradient(sample, layout))

@@ -27,14 +27,25 @@ SLOW = INTERPRETED or EMULATED is not None
 once = pytest.mark.skipif(SLOW, reason="tested with the other backends; nothing differs here")
 
 each_op = pytest.mark.parametrize("info", OPS.values(), ids=OPS.keys())
-each_option = pytest.mark.parametrize(
-    ("info", "options"),
-    [
-        pytest.param(info, o, id=f"{info.name}-{'-'.join(f'{k}_{v}' for k, v in o.items())}")
+
+
+def _options(every: bool) -> list[Any]:
+    """All options of each operation; not ``every`` one where kernels are interpreted or emulated, but the first and the
+    last, the rest being slow."""
+    return [
+        pytest.param(
+            info,
+            o,
+            id=f"{info.name}-{'-'.join(f'{k}_{v}' for k, v in o.items())}",
+            marks=() if every or not SLOW or i in (0, len(info.options) - 1) else pytest.mark.slow,
+        )
         for info in OPS.values()
-        for o in info.options
-    ],
-)
+        for i, o in enumerate(info.options)
+    ]
+
+
+every_option = pytest.mark.parametrize(("info", "options"), _options(every=True))
+each_option = pytest.mark.parametrize(("info", "options"), _options(every=False))
 each_layout = pytest.mark.parametrize("layout", ["channels_last_slice", "crop"] if SLOW else list(LAYOUTS))
 both_layouts = pytest.mark.parametrize("layout", ["contiguous", "channels_last"])
 

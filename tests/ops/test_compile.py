@@ -32,8 +32,9 @@ class Net(nn.Module):
     def __init__(self, *infos: OpInfo, width: int = 16) -> None:
         super().__init__()
         self.first = nn.Conv2d(3, width, 3, padding=1)
+        layers = [Layer(info, width) for info in infos]
         self.layers = nn.ModuleList(
-            nn.Sequential(Layer(info, width), nn.Conv2d(width, width, 3, padding=1), nn.ReLU()) for info in infos
+            nn.Sequential(layer, nn.Conv2d(layer.out_channels, width, 3, padding=1), nn.ReLU()) for layer in layers
         )
 
     def forward(self, x: Tensor) -> Tensor:

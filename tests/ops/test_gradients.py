@@ -93,7 +93,7 @@ def test_one_channels_last_sample_stays_so(info: OpInfo, backend: str, device: s
     sample = sample.map_maps(lambda t: t[0].permute(1, 2, 0).contiguous().permute(2, 0, 1).unsqueeze(0))
     y = info.op(*sample.args, **sample.kwargs)
     assert y.is_contiguous(memory_format=torch.channels_last)
-    assert not y.is_contiguous()
+    assert not y.is_contiguous() or y.shape[2:] == (1, 1)
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)

@@ -34,10 +34,12 @@ class Layer(nn.Module):
         sample = info.sample((1, channels, 7, 7), options)
         self.op, self.kwargs, self.fixed = info.op, sample.kwargs, sample.args[1:]
         self.channels = None if info.maps is None else [t.shape[1] for t in sample.maps]
-        self.weights = nn.ParameterList(t for t in sample.args[1:] if isinstance(t, Tensor))
+        self.out_channels = info.output(sample).shape[1]
+        self.per_sample = info.per_sample
+        self.weights = nn.ParameterList(() if info.per_sample else sample.parameters())
 
     def forward(self, x: Tensor) -> Tensor:
-        given = iter(self.weights)
+        given = iter(self.weights if self.per_sample is None else self.per_sample(x))
         args = [next(given) if isinstance(a, Tensor) else a for a in self.fixed]
         maps = x if self.channels is None else list(x.split(self.channels, 1))
         return self.op(maps, *args, **self.kwargs)
@@ -97,7 +99,7 @@ def test_vmap(info: OpInfo, options: Options, backend: str, device: str, recwarn
     moved = vmap(op, (3, *rest), out_dims=1)(many[0].movedim(0, 3), *tensors[1:])
     torch.testing.assert_close(moved, vmap(reference, (0, *rest), out_dims=1)(many[0], *tensors[1:]))
 
-    maps = len(sample.maps)
+    maps = len(sample.maps if info.per_sample is None else tensors)
     each = (0,) * maps + (None,) * (len(tensors) - maps)
 
     def loss(function: Function) -> Function:

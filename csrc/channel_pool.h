@@ -1,0 +1,32 @@
+// Mean and maximum over the channels of each pixel, of x * channel[c].
+#pragma once
+#include "kernel.h"
+
+namespace convblocks {
+
+struct ChannelPoolArgs {
+  Dtype dtype;
+  int64_t n, c, hw;
+  Dtype gate_dtype;     // that of the map, or f32
+  const void* channel;  // (N, C), dense; null: ones
+  Map x;
+  Map y;  // (N, 2, HW): means, maxima; same kind of layout as x
+};
+
+// Where several channels share the maximum its gradient is divided among them, as torch.amax does.
+struct ChannelPoolBackwardArgs {
+  Dtype dtype;
+  int64_t n, c, hw;
+  Dtype gate_dtype;
+  const void* channel;
+  Map grad;  // (N, 2, HW); same kind of layout as x
+  Map x;
+  Map grad_x;
+  void* grad_channel;  // null where channel is
+};
+
+}  // namespace convblocks
+
+CONVBLOCKS_KERNEL const char* convblocks_channel_pool(const convblocks::Context&, const convblocks::ChannelPoolArgs&);
+CONVBLOCKS_KERNEL const char* convblocks_channel_pool_backward(const convblocks::Context&,
+                                                               const convblocks::ChannelPoolBackwardArgs&);

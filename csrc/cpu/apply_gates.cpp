@@ -1,0 +1,137 @@
+// Gates of channels and pixels on the CPU: one read and one write; the gradients of the gates come from the same pass that
+// writes that of the map.
+#include "../apply_gates.h"
+
+#include "dispatch.h"
+#include "pixel_gate.h"
+#include "weights.h"
+
+namespace convblocks::cpu {
+namespace {
+
+template <class A>
+struct Widened {
+  const A *channel, *spatial;  // null where there is none
+  A more;                      // 1 with the residual
+  Widened(const Context& context, const Gates& g, int64_t n, int64_t c, int64_t hw)
+      : channel(widened<A>(context, g.channel, g.dtype, n * c)),
+        spatial(widened<A>(context, g.spatial, g.dtype, n * hw)), more(g.residual ? 1 : 0) {}
+};
+
+template <class A, class L>
+CONVBLOCKS_LOOP inline Vec<A> load_or_one(const A* p, int64_t i, L lanes) {
+  return p ? load(p + i, lanes) : splat<Vec<A>>(1);
+}
+
+template <class T>
+void forward(const Context& context, const ApplyGatesArgs& a) {
+  using A = Acc<T>;
+  const Widened<A> gates(context, a.gates, a.n, a.c, a.hw);
+  const bool far = exceeds_caches(context, a.n * a.c * a.hw * sizeof(T));
+  if (a.x.pixel == 1) {
+    parallel_for(context, a.n * a.c, std::max<int64_t>(1, 16384 / a.hw), [&](int64_t begin, int64_t end) {
+      for (int64_t plane = begin; plane < end; plane++) {
+        const int64_t sample = plane / a.c;
+        const T* x = row<T>(a.x, sample, plane % a.c);
+        const A gate = gates.channel ? gates.channel[plane] : A(1), more = gates.more;
+        const A* spatial = gates.spatial ? gates.spatial + sample * a.hw : nullptr;
+        write_row<T>(row<T>(a.y, sample, plane % a.c), a.hw, far, [=](int64_t i, auto lanes) CONVBLOCKS_LOOP {
+          return load(x + i, lanes) * (load_or_one(spatial, i, lanes) * gate + more);
+        });
+      }
+      finish_stores();
+    });
+    return;
+  }
+  parallel_for(context, a.n * a.hw, std::max<int64_t>(1, 16384 / a.c), [&](int64_t begin, int64_t end) {
+    for (int64_t pixel = begin; pixel < end; pixel++) {
+      const int64_t sample = pixel / a.hw;
+      const T* x = row<T>(a.x, sample, 0, pixel % a.hw);
+      const A gate = gates.spatial ? gates.spatial[pixel] : A(1), more = gates.more;
+      const A* channel = gates.channel ? gates.channel + sample * a.c : nullptr;
+      write_row<T>(row<T>(a.y, sample, 0, pixel % a.hw), a.c, far, [=](int64_t i, auto lanes) CONVBLOCKS_LOOP {
+        return load(x + i, lanes) * (load_or_one(channel, i, lanes) * gate + more);
+      });
+    }
+    finish_stores();
+  });
+}
+
+// A pass over a tile: `along` are the gates of the elements side by side in memory, `across` those of the G rows.
+// Adds the sums of the rows to `row_sums`, vectors of them, and what each element sums to over the rows to `sums`.
+template <class T, int G>
+CONVBLOCKS_LOOP inline void backward_rows(int64_t n, const T* const (&grad)[G], const T* const (&x)[G],
+                                          T* const (&to)[G], const Acc<T> (&across)[G], const Acc<T>* along,
+                                          Acc<T> more, Acc<T>* sums, bool first, Vec<Acc<T>> (&row_sums)[G]) {
+  using A = Acc<T>;
+  for_lanes<T>(n, [&](int64_t i, auto lanes) CONVBLOCKS_LOOP {
+    const Vec<A> gate = load_or_one(along, i, lanes);
+    Vec<A> sum = first ? Vec<A>{} : load(sums + i, lanes);
+#pragma GCC unroll 4
+    for (int g = 0; g < G; g++) {
+      const Vec<A> d = load(grad[g] + i, lanes), product = d * load(x[g] + i, lanes);
+      store(to[g] + i, d * (gate * across[g] + more), lanes);
+      sum += product * across[g];
+      row_sums[g] += product * gate;
+    }
+    store(sums + i, sum, lanes);
+  });
+}
+
+template <class T, class W>
+void backward(const Context& context, const ApplyGatesBackwardArgs& a) {
+  using A = Acc<T>;
+  const int64_t c = a.c, hw = a.hw;
+  const Widened<A> gates(context, a.gates, a.n, c, hw);
+  const bool planes = a.x.pixel == 1;
+  const Tiles tiles(c, hw, planes);
+  const int64_t size = tiles.blocks * c + tiles.chunks * hw;
+  A* workspace = static_cast<A*>(context.workspace(context, a.n * size * sizeof(A)));
+  for_each_sample(context, a.n, 2 * c * hw, [&](int64_t sample, const Team& team) {
+    A *by_channel = workspace + sample * size, *by_pixel = by_channel + tiles.blocks * c;
+    const A* channel = gates.channel ? gates.channel + sample * c : nullptr;
+    const A* spatial = gates.spatial ? gates.spatial + sample * hw : nullptr;
+    const A more = gates.more;
+    tiles.each(team, [=, &a](const Tile& t) {
+      A *of_channels = by_channel + t.block * c + t.first_channel, *of_pixels = by_pixel + t.chunk * hw + t.first_pixel;
+      const auto rows = [&]<int G>(int64_t first, std::integral_constant<int, G>) {
+        const T *grad[G], *x[G];
+        T* to[G];
+        A across[G];
+        Vec<A> row_sums[G]{};
+        for (int g = 0; g < G; g++) {
+          const int64_t i = t.first_channel + (planes ? first + g : 0), p = t.first_pixel + (planes ? 0 : first + g);
+          grad[g] = row<T>(a.grad, sample, i, p);
+          x[g] = row<T>(a.x, sample, i, p);
+          to[g] = row<T>(a.grad_x, sample, i, p);
+          across[g] = planes ? (channel ? channel[i] : A(1)) : (spatial ? spatial[p] : A(1));
+        }
+        const A* along = planes ? spatial + (spatial ? t.first_pixel : 0) : channel + (channel ? t.first_channel : 0);
+        backward_rows<T, G>(planes ? t.pixels : t.channels, grad, x, to, across, along, more,
+                            planes ? of_pixels : of_channels, first == 0, row_sums);
+        for (int g = 0; g < G; g++) (planes ? of_channels : of_pixels)[first + g] = sum_lanes(row_sums[g]);
+      };
+      by_four(planes ? t.channels : t.pixels, rows);
+    });
+    if (a.grad_channel) add_parts(by_channel, tiles.blocks, c, static_cast<W*>(a.grad_channel) + sample * c);
+    if (a.grad_spatial) add_parts(by_pixel, tiles.chunks, hw, static_cast<W*>(a.grad_spatial) + sample * hw);
+  });
+}
+
+}  // namespace
+}  // namespace convblocks::cpu
+
+const char* convblocks_apply_gates(const convblocks::Context& context, const convblocks::ApplyGatesArgs& args) {
+  return convblocks::cpu::dispatch(args.dtype, [&]<class T>(T) { convblocks::cpu::forward<T>(context, args); });
+}
+
+const char* convblocks_apply_gates_backward(const convblocks::Context& context,
+                                            const convblocks::ApplyGatesBackwardArgs& args) {
+  return convblocks::cpu::dispatch(args.dtype, [&]<class T>(T) {
+    using A = convblocks::cpu::Acc<T>;
+    if (args.gates.dtype == args.dtype)
+      convblocks::cpu::backward<T, T>(context, args);
+    else
+      convblocks::cpu::backward<T, A>(context, args);
+  });
+}

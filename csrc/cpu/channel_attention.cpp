@@ -1,0 +1,267 @@
+// Channel attention on the CPU: mean and maximum of each plane from one read, then the small layers, which both go
+// through. The backward pools again, while the sample is in the cache.
+#include "../channel_attention.h"
+
+#include "channel_gate.h"
+#include "dispatch.h"
+#include "layers.h"
+
+namespace convblocks::cpu {
+namespace {
+
+template <class A>
+constexpr A kLowest = -std::numeric_limits<A>::infinity();
+
+// --- mean, maximum, and how many pixels have it -----------------------------------------------------------------------
+
+template <class T, bool kTies>
+void pool_plane(const T* x, int64_t hw, Acc<T>* mean, Acc<T>* max, Acc<T>* ties) {
+  using A = Acc<T>;
+  constexpr int L = kLanes<T>, kStep = 4;
+  *mean =
+      reduce_plane<T, 1>(hw, [=](int64_t p, auto lanes) CONVBLOCKS_LOOP { return Vecs<A, 1>{load(x + p, lanes)}; })[0] /
+      A(hw);
+  Vec<A> most[kStep];
+  std::fill_n(most, kStep, splat<Vec<A>>(kLowest<A>));
+  int64_t p = 0;
+  for (; p + kStep * L <= hw; p += kStep * L) {
+    for (int s = 0; s < kStep; s++) most[s] = max_or_nan(most[s], load(x + p + s * L));
+  }
+  for_lanes<T>(hw - p,
+               [&](int64_t i, auto lanes) { most[0] = max_or_nan(most[0], load(x + p + i, lanes, kLowest<A>)); });
+  *max = max_lanes(max_or_nan(max_or_nan(most[0], most[1]), max_or_nan(most[2], most[3])));
+  if constexpr (kTies) {
+    Vec<A> count{};
+    for_lanes<T>(hw, [&](int64_t i, auto lanes) {  // the lanes that are not there hold NaN, which equals nothing
+      count += load(x + i, lanes, std::numeric_limits<A>::quiet_NaN()) == *max ? splat<Vec<A>>(1) : Vec<A>{};
+    });
+    *ties = sum_lanes(count);
+  }
+}
+
+// channels_last: of chunks of pixels, sums, maxima and ties of all channels into `partial`, 3 c numbers for each chunk.
+template <class T, bool kTies>
+void pool_chunk(const Map& x, int64_t sample, int64_t c, int64_t first, int64_t end, Acc<T>* partial) {
+  using A = Acc<T>;
+  A *sum = partial, *max = sum + c, *ties = max + c;
+  std::fill_n(sum, c, A(0));
+  std::fill_n(max, c, kLowest<A>);
+  std::fill_n(ties, c, A(0));
+  const auto rows = [&]<int S>(int64_t p, std::integral_constant<int, S>) {
+    const T* at = row<T>(x, sample, 0, p);
+    for_lanes<T>(c, [=, stride = x.pixel](int64_t i, auto lanes) CONVBLOCKS_LOOP {
+      Vec<A> v[S], total{}, most = load(max + i, lanes);
+      const Vec<A> before = most;
+#pragma GCC unroll 4
+      for (int s = 0; s < S; s++) {
+        v[s] = load(at + s * stride + i, lanes);
+        total += v[s];
+        most = max_or_nan(most, v[s]);
+      }
+      store(sum + i, load(sum + i, lanes) + total, lanes);
+      store(max + i, most, lanes);
+      if constexpr (kTies) {
+        Vec<A> count = before == most ? load(ties + i, lanes) : Vec<A>{};
+#pragma GCC unroll 4
+        for (int s = 0; s < S; s++) count += v[s] == most ? splat<Vec<A>>(1) : Vec<A>{};
+        store(ties + i, count, lanes);
+      }
+    });
+  };
+  int64_t p = first;
+  for (; p + 4 <= end; p += 4) rows(p, std::integral_constant<int, 4>{});
+  for (; p < end; p++) rows(p, std::integral_constant<int, 1>{});
+}
+
+inline int64_t pool_size(bool planes, int64_t c, int64_t hw) { return planes ? 0 : 3 * c * pixel_chunks(hw); }
+
+template <class T, bool kTies>
+void pool_sample(const Team& team, const Map& x, int64_t sample, int64_t c, int64_t hw, Acc<T>* partial, Acc<T>* mean,
+                 Acc<T>* max, Acc<T>* ties) {
+  using A = Acc<T>;
+  if (x.pixel == 1) {
+    team.split(c, 2 * hw, [=](int64_t begin, int64_t end) {
+      for (int64_t i = begin; i < end; i++) {
+        pool_plane<T, kTies>(row<T>(x, sample, i), hw, mean + i, max + i, kTies ? ties + i : nullptr);
+      }
+    });
+    return;
+  }
+  const int64_t chunks = pixel_chunks(hw);
+  team.split(chunks, kPixelChunk * c, [=](int64_t begin, int64_t end) {
+    for (int64_t k = begin; k < end; k++) {
+      pool_chunk<T, kTies>(x, sample, c, k * kPixelChunk, std::min(hw, (k + 1) * kPixelChunk), partial + k * 3 * c);
+    }
+  });
+  for_lanes<A>(c, [=](int64_t i, auto lanes) {
+    Vec<A> total{}, most = splat<Vec<A>>(kLowest<A>), count{};
+    for (int64_t k = 0; k < chunks; k++) {
+      const A* part = partial + k * 3 * c + i;
+      const Vec<A> top = load(part + c, lanes), merged = max_or_nan(most, top);
+      total += load(part, lanes);
+      count = (most == merged ? count : Vec<A>{}) + (top == merged ? load(part + 2 * c, lanes) : Vec<A>{});
+      most = merged;
+    }
+    store(mean + i, total / A(hw), lanes);
+    store(max + i, most, lanes);
+    if constexpr (kTies) store(ties + i, count, lanes);
+  });
+}
+
+// --- the layers -------------------------------------------------------------------------------------------------------
+
+// Of each sample: mean and maximum (2 c numbers), what the first layer makes of each (2 r), the sum of both activated,
+// and the logits.
+template <class A>
+struct Numbers {
+  A *pooled, *hidden, *active, *logits;
+  Numbers(const Context& context, int64_t n, int64_t c, int64_t r) {
+    pooled = static_cast<A*>(context.workspace(context, n * (3 * c + 3 * r) * sizeof(A)));
+    hidden = pooled + 2 * n * c;
+    active = hidden + 2 * n * r;
+    logits = active + n * r;
+  }
+  Numbers at(int64_t sample, int64_t c, int64_t r) const {
+    Numbers other = *this;
+    other.pooled += 2 * sample * c;
+    other.hidden += 2 * sample * r;
+    other.active += sample * r;
+    other.logits += sample * c;
+    return other;
+  }
+};
+
+template <class A>
+void run_layers(const Layers<A>& layers, int64_t count, const Numbers<A>& s) {
+  const int64_t c = layers.c, r = layers.r;
+  linear(2 * count, r, c, layers.w1, layers.b1, s.pooled, c, s.hidden, r);
+  for (int64_t i = 0; i < count; i++) {
+    const A* hidden = s.hidden + 2 * i * r;
+    for_lanes<A>(r, [=, kind = layers.activation, to = s.active + i * r](int64_t j, auto lanes) CONVBLOCKS_LOOP {
+      store(to + j, activate(load(hidden + j, lanes), kind) + activate(load(hidden + r + j, lanes), kind), lanes);
+    });
+  }
+  linear(count, c, r, layers.w2, layers.b2, s.active, r, s.logits, c);
+  for (int64_t i = 0; layers.b2 && i < count; i++) {  // once for each way to pool
+    for_lanes<A>(c, [=, to = s.logits + i * c, b2 = layers.b2](int64_t j, auto lanes)
+                        CONVBLOCKS_LOOP { store(to + j, load(to + j, lanes) + load(b2 + j, lanes), lanes); });
+  }
+}
+
+template <class T>
+void forward(const Context& context, const ChannelAttentionArgs& a) {
+  using A = Acc<T>;
+  const Layers<A> layers(context, a.weights, a.c);
+  const int64_t c = a.c, hw = a.hw, size = pool_size(a.x.pixel == 1, c, hw);
+  const Numbers<A> all(context, a.n, c, layers.r);
+  A* workspace = static_cast<A*>(context.workspace(context, std::max<int64_t>(1, a.n * size) * sizeof(A)));
+  for_each_group(context, a.n, 8, c * hw, [&](int64_t first, int64_t count, const Team& team) {
+    const Numbers<A> own = all.at(first, c, layers.r);
+    for (int64_t s = 0; s < count; s++) {
+      A* mean = own.pooled + 2 * s * c;
+      pool_sample<T, false>(team, a.x, first + s, c, hw, workspace + (first + s) * size, mean, mean + c, nullptr);
+    }
+    run_layers(layers, count, own);
+    for_lanes<T>(count * c,
+                 [=, gate = layers.gate, to = static_cast<T*>(a.y) + first * c](int64_t i, auto lanes)
+                     CONVBLOCKS_LOOP { store(to + i, apply_gate(load(own.logits + i, lanes), gate), lanes); });
+  });
+}
+
+// What every pixel of a plane gets, and what those with the maximum get besides: `mean` and `max` hold the gradients of
+// the pooled numbers.
+template <class T>
+void write_gradient(const Team& team, const ChannelAttentionBackwardArgs& a, int64_t sample, const Acc<T>* mean,
+                    const Acc<T>* max, const Acc<T>* top, const Acc<T>* ties, bool far) {
+  using A = Acc<T>;
+  const int64_t c = a.c, hw = a.hw;
+  const Map x = a.x, to = a.grad_x;
+  if (x.pixel == 1) {
+    team.split(c, 2 * hw, [=](int64_t begin, int64_t end) {
+      for (int64_t i = begin; i < end; i++) {
+        const T* v = row<T>(x, sample, i);
+        const A base = mean[i] / A(hw), peak = top[i], more = max[i] / ties[i];
+        write_row<T>(row<T>(to, sample, i), hw, far, [=](int64_t p, auto lanes) CONVBLOCKS_LOOP {
+          return base + (load(v + p, lanes) == peak ? splat<Vec<A>>(more) : Vec<A>{});
+        });
+      }
+      finish_stores();
+    });
+    return;
+  }
+  team.split(hw, 2 * c, [=](int64_t begin, int64_t end) {
+    for (int64_t p = begin; p < end; p++) {
+      const T* v = row<T>(x, sample, 0, p);
+      write_row<T>(row<T>(to, sample, 0, p), c, far, [=](int64_t i, auto lanes) CONVBLOCKS_LOOP {
+        const Vec<A> more = load(max + i, lanes) / load(ties + i, lanes);
+        return load(mean + i, lanes) / A(hw) + (load(v + i, lanes) == load(top + i, lanes) ? more : Vec<A>{});
+      });
+    }
+    finish_stores();
+  });
+}
+
+template <class T, class W>
+void backward(const Context& context, const ChannelAttentionBackwardArgs& a) {
+  using A = Acc<T>;
+  const Layers<A> layers(context, a.weights, a.c);
+  const int64_t n = a.n, c = a.c, hw = a.hw, r = layers.r, size = 3 * c + pool_size(a.x.pixel == 1, c, hw);
+  const Numbers<A> all(context, n, c, r);
+  A* workspace = static_cast<A*>(context.workspace(context, n * size * sizeof(A)));
+  const bool far = exceeds_caches(context, n * c * hw * sizeof(T));
+  for_each_group(
+      context, n, group_size(2 * c * hw * sizeof(T)), 2 * c * hw, [&](int64_t first, int64_t count, const Team& team) {
+        const Numbers<A> own = all.at(first, c, r);
+        const auto space = [=](int64_t s) { return workspace + (first + s) * size; };
+        for (int64_t s = 0; s < count; s++) {
+          A *mean = own.pooled + 2 * s * c, *ties = space(s);
+          pool_sample<T, true>(team, a.x, first + s, c, hw, ties + 3 * c, mean, mean + c, ties);
+        }
+        run_layers(layers, count, own);
+        const T* grad = static_cast<const T*>(a.grad) + first * c;
+        for_lanes<T>(count * c, [=, gate = layers.gate](int64_t i, auto lanes) CONVBLOCKS_LOOP {
+          const Vec<A> logit = load(own.logits + i, lanes);
+          store(own.logits + i, gate_backward(load(grad + i, lanes), logit, apply_gate(logit, gate), gate), lanes);
+        });
+        for (int64_t s = 0; s < count; s++) {
+          A *hidden = own.hidden + 2 * s * r, *by_mean = space(s) + c;
+          const A* logits = own.logits + s * c;
+          sum_rows<1, A>(
+              c, r, layers.w2, [=](int64_t i, int) { return logits[i]; },
+              [=, kind = layers.activation](int, int64_t j, auto lanes, Vec<A> sum) {
+                store(hidden + j, activation_backward(sum, load(hidden + j, lanes), kind), lanes);
+                store(hidden + r + j, activation_backward(sum, load(hidden + r + j, lanes), kind), lanes);
+              });
+          sum_rows<2, A>(
+              r, c, layers.w1, [=](int64_t i, int g) { return hidden[g * r + i]; },
+              [=](int g, int64_t j, auto lanes, Vec<A> sum) { store(by_mean + g * c + j, sum, lanes); });
+          write_gradient<T>(team, a, first + s, by_mean, by_mean + c, own.pooled + (2 * s + 1) * c, space(s), far);
+        }
+      });
+  sum_of_products(context, n, c, r, all.logits, all.active, static_cast<W*>(a.grad_w2), static_cast<W*>(nullptr));
+  sum_of_products(context, 2 * n, r, c, all.hidden, all.pooled, static_cast<W*>(a.grad_w1), static_cast<W*>(a.grad_b1));
+  for (int64_t i = 0; a.grad_b2 && i < c; i++) {
+    A sum = 0;
+    for (int64_t s = 0; s < n; s++) sum += all.logits[s * c + i];
+    static_cast<W*>(a.grad_b2)[i] = static_cast<W>(2 * sum);  // once for each way to pool
+  }
+}
+
+}  // namespace
+}  // namespace convblocks::cpu
+
+const char* convblocks_channel_attention(const convblocks::Context& context,
+                                         const convblocks::ChannelAttentionArgs& args) {
+  return convblocks::cpu::dispatch(args.dtype, [&]<class T>(T) { convblocks::cpu::forward<T>(context, args); });
+}
+
+const char* convblocks_channel_attention_backward(const convblocks::Context& context,
+                                                  const convblocks::ChannelAttentionBackwardArgs& args) {
+  return convblocks::cpu::dispatch(args.dtype, [&]<class T>(T) {
+    using A = convblocks::cpu::Acc<T>;
+    if (args.weights.dtype == args.dtype)
+      convblocks::cpu::backward<T, T>(context, args);
+    else
+      convblocks::cpu::backward<T, A>(context, args);
+  });
+}

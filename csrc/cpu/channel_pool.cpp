@@ -1,0 +1,273 @@
+// Mean and maximum over the channels on the CPU. Planes are read in tiles, all channels of a stretch of pixels; of
+// channels_last, as many pixels as a vector has lanes at a time.
+#include "../channel_pool.h"
+
+#include "dispatch.h"
+#include "lanes.h"
+#include "pixel_gate.h"
+#include "weights.h"
+
+namespace convblocks::cpu {
+namespace {
+
+template <class A>
+constexpr A kLowest = -std::numeric_limits<A>::infinity();
+
+template <class V>
+CONVBLOCKS_LOOP inline V count_of(V values, V most) {
+  return values == most ? splat<V>(1) : V{};
+}
+
+// --- a tile of planes -------------------------------------------------------------------------------------------------
+
+// Of each pixel, over the tile's channels.
+template <class T>
+void sum_planes(const Map& x, int64_t sample, const Acc<T>* gates, const Tile& t, Acc<T>* sum, Acc<T>* max) {
+  using A = Acc<T>;
+  by_four(t.channels, [&]<int G>(int64_t first, std::integral_constant<int, G>) {
+    const T* plane[G];
+    A gate[G];
+    for (int g = 0; g < G; g++) {
+      const int64_t i = t.first_channel + first + g;
+      plane[g] = row<T>(x, sample, i, t.first_pixel);
+      gate[g] = gates ? gates[i] : A(1);
+    }
+    for_lanes<T>(t.pixels, [&](int64_t p, auto lanes) CONVBLOCKS_LOOP {
+      Vec<A> total{}, most = first ? load(max + p, lanes) : splat<Vec<A>>(kLowest<A>);
+#pragma GCC unroll 4
+      for (int g = 0; g < G; g++) {
+        const Vec<A> v = load(plane[g] + p, lanes) * gate[g];
+        total += v;
+        most = max_or_nan(most, v);
+      }
+      store(sum + p, first ? load(sum + p, lanes) + total : total, lanes);
+      store(max + p, most, lanes);
+    });
+  });
+}
+
+// The maximum of each pixel, and how many of the tile's channels have it.
+template <class T>
+void count_planes(const Map& x, int64_t sample, const Acc<T>* gates, const Tile& t, Acc<T>* max, Acc<T>* ties) {
+  using A = Acc<T>;
+  for (int64_t k = 0; k < t.channels; k++) {
+    const int64_t i = t.first_channel + k;
+    const T* plane = row<T>(x, sample, i, t.first_pixel);
+    const A gate = gates ? gates[i] : A(1);
+    for_lanes<T>(t.pixels, [=](int64_t p, auto lanes) CONVBLOCKS_LOOP {
+      const Vec<A> v = load(plane + p, lanes) * gate;
+      const Vec<A> most = k ? load(max + p, lanes) : splat<Vec<A>>(kLowest<A>),
+                   tied = k ? load(ties + p, lanes) : Vec<A>{};
+      store(ties + p, v > most ? splat<Vec<A>>(1) : tied + count_of(v, most), lanes);
+      store(max + p, max_or_nan(most, v), lanes);
+    });
+  }
+}
+
+// --- pixels of channels_last ------------------------------------------------------------------------------------------
+
+// A number for each of up to a vector of pixels from one vector for each: the sum of its lanes, or the largest.
+template <class A, class F>
+Vec<A> fold(Vec<A>* v, F f) {
+  transpose<A>(v);
+  Vec<A> all = v[0];
+  for (int l = 1; l < kLanes<A>; l++) all = f(all, v[l]);
+  return all;
+}
+
+template <class T>
+struct Pixels {
+  using A = Acc<T>;
+  static constexpr int L = kLanes<A>;
+  const T* x;
+  const A* gates;
+  int64_t stride, c;
+  int count;
+
+  // The gated channels from i on; `fill` where there are none.
+  template <class N>
+  CONVBLOCKS_LOOP Vec<A> gated(int l, int64_t i, N lanes, A fill = 0) const {
+    const Vec<A> v = load(x + l * stride + i, lanes, fill);
+    return gates ? v * load(gates + i, lanes, A(1)) : v;
+  }
+  Vec<A> sum() const {
+    Vec<A> sums[L]{};
+    for (int l = 0; l < count; l++) {
+      Vec<A> total{};
+      for_lanes<T>(c, [&](int64_t i, auto lanes) CONVBLOCKS_LOOP { total += gated(l, i, lanes); });
+      sums[l] = total;
+    }
+    return fold<A>(sums, [](auto a, auto b) { return a + b; });
+  }
+  Vec<A> max() const {
+    Vec<A> most[L]{};
+    for (int l = 0; l < count; l++) {
+      Vec<A> m = splat<Vec<A>>(kLowest<A>);
+      for_lanes<T>(c,
+                   [&](int64_t i, auto lanes) CONVBLOCKS_LOOP { m = max_or_nan(m, gated(l, i, lanes, kLowest<A>)); });
+      most[l] = m;
+    }
+    return fold<A>(most, [](auto a, auto b) { return max_or_nan(a, b); });
+  }
+  Vec<A> ties(Vec<A> max) const {
+    Vec<A> counts[L]{};
+    for (int l = 0; l < count; l++) {
+      const Vec<A> most = splat<Vec<A>>(max[l]);
+      Vec<A> n{};
+      for_lanes<T>(c, [&](int64_t i, auto lanes) CONVBLOCKS_LOOP {
+        n += count_of(gated(l, i, lanes, std::numeric_limits<A>::quiet_NaN()), most);
+      });
+      counts[l] = n;
+    }
+    return fold<A>(counts, [](auto a, auto b) { return a + b; });
+  }
+};
+
+template <class T, class F>
+void each_pixels(const Map& x, int64_t sample, const Acc<T>* gates, const Tile& t, F f) {
+  constexpr int L = kLanes<T>;
+  for (int64_t p = t.first_pixel; p < t.first_pixel + t.pixels; p += L) {
+    const int count = static_cast<int>(std::min<int64_t>(L, t.first_pixel + t.pixels - p));
+    f(p, Pixels<T>{row<T>(x, sample, 0, p), gates, x.pixel, t.channels, count});
+  }
+}
+
+// --- the operation ----------------------------------------------------------------------------------------------------
+
+template <class T>
+void forward(const Context& context, const ChannelPoolArgs& a) {
+  using A = Acc<T>;
+  const int64_t c = a.c, hw = a.hw;
+  const A* all_gates = widened<A>(context, a.channel, a.gate_dtype, a.n * c);
+  const Tiles tiles(c, hw, a.x.pixel == 1);
+  const int64_t size = 2 * tiles.chunks * hw;
+  A* workspace = static_cast<A*>(context.workspace(context, a.n * size * sizeof(A)));
+  for_each_sample(context, a.n, c * hw, [&](int64_t sample, const Team& team) {
+    A *sum = workspace + sample * size, *max = sum + tiles.chunks * hw;
+    const A* gates = all_gates ? all_gates + sample * c : nullptr;
+    tiles.each(team, [=, &a](const Tile& t) {
+      const int64_t at = t.chunk * hw + t.first_pixel;
+      if (a.x.pixel == 1) return sum_planes<T>(a.x, sample, gates, t, sum + at, max + at);
+      each_pixels<T>(a.x, sample, gates, t, [=](int64_t p, const Pixels<T>& pixels) {
+        store(sum + p, pixels.sum(), pixels.count);
+        store(max + p, pixels.max(), pixels.count);
+      });
+    });
+    T *means = row<T>(a.y, sample, 0), *maxima = row<T>(a.y, sample, 1);
+    for (int64_t p = 0; p < hw; p++) {
+      A total = 0, most = kLowest<A>;
+      for (int64_t at = p; at < tiles.chunks * hw; at += hw) {
+        total += sum[at];
+        most = max[at] > most || max[at] != max[at] ? max[at] : most;
+      }
+      means[p * a.y.pixel] = static_cast<T>(total / A(c));
+      maxima[p * a.y.pixel] = static_cast<T>(most);
+    }
+  });
+}
+
+// Of each pixel: the maximum, the gradient that every channel gets, and what those with the maximum get besides.
+template <class A>
+struct PixelGradients {
+  A *max, *base, *top;
+  // A NaN equals nothing, and torch's gradient is NaN there.
+  void set(int64_t p, A most, A ties, A grad_mean, A grad_max) const {
+    max[p] = most;
+    base[p] = ties > 0 ? grad_mean : std::numeric_limits<A>::quiet_NaN();
+    top[p] = grad_max / ties;
+  }
+};
+
+template <class T, class W>
+void backward(const Context& context, const ChannelPoolBackwardArgs& a) {
+  using A = Acc<T>;
+  const int64_t c = a.c, hw = a.hw;
+  const A* all_gates = widened<A>(context, a.channel, a.gate_dtype, a.n * c);
+  const bool planes = a.x.pixel == 1;
+  const Tiles tiles(c, hw, planes);
+  const int64_t size = (2 * tiles.chunks + 3) * hw + tiles.blocks * c;
+  A* workspace = static_cast<A*>(context.workspace(context, a.n * size * sizeof(A)));
+  for_each_sample(context, a.n, 2 * c * hw, [&](int64_t sample, const Team& team) {
+    A *max = workspace + sample * size, *ties = max + tiles.chunks * hw, *next = ties + tiles.chunks * hw;
+    const PixelGradients<A> pixels{next, next + hw, next + 2 * hw};
+    A* by_channel = next + 3 * hw;
+    const A* gates = all_gates ? all_gates + sample * c : nullptr;
+    const T *grad_mean = row<T>(a.grad, sample, 0), *grad_max = row<T>(a.grad, sample, 1);
+    const auto set = [=, &a](int64_t p, A most, A tied) {
+      const int64_t at = p * a.grad.pixel;
+      pixels.set(p, most, tied, static_cast<A>(grad_mean[at]) / A(c), static_cast<A>(grad_max[at]));
+    };
+    if (planes) {
+      tiles.each(team, [=, &a](const Tile& t) {
+        const int64_t at = t.chunk * hw + t.first_pixel;
+        count_planes<T>(a.x, sample, gates, t, max + at, ties + at);
+      });
+      for (int64_t p = 0; p < hw; p++) {
+        A most = kLowest<A>, tied = 0;
+        for (int64_t at = p; at < tiles.chunks * hw; at += hw)
+          most = max[at] > most || max[at] != max[at] ? max[at] : most;
+        for (int64_t at = p; at < tiles.chunks * hw; at += hw) tied += max[at] == most ? ties[at] : A(0);
+        set(p, most, tied);
+      }
+    }
+    tiles.each(team, [=, &a](const Tile& t) {
+      A* sums = by_channel + t.block * c + t.first_channel;
+      if (planes) {
+        const A *most = pixels.max + t.first_pixel, *base = pixels.base + t.first_pixel,
+                *top = pixels.top + t.first_pixel;
+        for (int64_t k = 0; k < t.channels; k++) {
+          const int64_t i = t.first_channel + k;
+          const A gate = gates ? gates[i] : A(1);
+          const T* x = row<T>(a.x, sample, i, t.first_pixel);
+          T* to = row<T>(a.grad_x, sample, i, t.first_pixel);
+          Vec<A> sum{};
+          for_lanes<T>(t.pixels, [&](int64_t p, auto lanes) CONVBLOCKS_LOOP {
+            const Vec<A> v = load(x + p, lanes);
+            const Vec<A> d =
+                load(base + p, lanes) + (v * gate == load(most + p, lanes) ? load(top + p, lanes) : Vec<A>{});
+            store(to + p, d * gate, lanes);
+            sum += d * v;
+          });
+          sums[k] = sum_lanes(sum);
+        }
+        return;
+      }
+      std::fill_n(sums, c, A(0));
+      each_pixels<T>(a.x, sample, gates, t, [=, &a](int64_t first, const Pixels<T>& some) {
+        const Vec<A> most = some.max(), tied = some.ties(most);
+        for (int l = 0; l < some.count; l++) {
+          const int64_t p = first + l;
+          set(p, most[l], tied[l]);
+          const A peak = most[l], base = pixels.base[p], top = pixels.top[p];
+          const T* x = some.x + l * some.stride;
+          T* to = row<T>(a.grad_x, sample, 0, p);
+          for_lanes<T>(c, [=](int64_t i, auto lanes) CONVBLOCKS_LOOP {
+            const Vec<A> v = load(x + i, lanes), gate = gates ? load(gates + i, lanes) : splat<Vec<A>>(1);
+            const Vec<A> d = base + (v * gate == peak ? splat<Vec<A>>(top) : Vec<A>{});
+            store(to + i, d * gate, lanes);
+            store(sums + i, load(sums + i, lanes) + d * v, lanes);
+          });
+        }
+      });
+    });
+    if (a.grad_channel) add_parts(by_channel, tiles.blocks, c, static_cast<W*>(a.grad_channel) + sample * c);
+  });
+}
+
+}  // namespace
+}  // namespace convblocks::cpu
+
+const char* convblocks_channel_pool(const convblocks::Context& context, const convblocks::ChannelPoolArgs& args) {
+  return convblocks::cpu::dispatch(args.dtype, [&]<class T>(T) { convblocks::cpu::forward<T>(context, args); });
+}
+
+const char* convblocks_channel_pool_backward(const convblocks::Context& context,
+                                             const convblocks::ChannelPoolBackwardArgs& args) {
+  return convblocks::cpu::dispatch(args.dtype, [&]<class T>(T) {
+    using A = convblocks::cpu::Acc<T>;
+    if (args.gate_dtype == args.dtype)
+      convblocks::cpu::backward<T, T>(context, args);
+    else
+      convblocks::cpu::backward<T, A>(context, args);
+  });
+}
