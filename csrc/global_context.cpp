@@ -13,20 +13,19 @@
 #include <array>
 #include <utility>
 
-#include "gate_formula.h"
-#include "op.h"
+#include "layer_formula.h"
 
 namespace convblocks {
 
 // The parameters in the order of the schema; those of the transform t begin at kFirst + t * kSize.
 enum { kAttnWeight, kAttnBias, kFirst };
-enum { kW1, kB1, kNormWeight, kNormBias, kW2, kB2, kSize };
+enum { kW1, kB1, kNormWeight, kNormBias, kW2, kB2 };
+inline constexpr int kSize = kB2 + 1;
 inline constexpr int kParameters = kFirst + 2 * kSize;
 inline constexpr std::array<const char*, kParameters> kParameterNames{
     "attn_weight", "attn_bias", "scale_w1", "scale_b1",        "scale_norm_weight", "scale_norm_bias", "scale_w2",
     "scale_b2",    "add_w1",    "add_b1",   "add_norm_weight", "add_norm_bias",     "add_w2",          "add_b2"};
 
-using MaybeTensor = std::optional<Tensor>;
 using Parameters = std::array<MaybeTensor, kParameters>;
 
 // How many tensors there are is said once, by an index for each.
@@ -54,16 +53,6 @@ struct GlobalContextOf<std::index_sequence<I...>> {
       "str activation, str gate) -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, "
       "Tensor, Tensor, Tensor, Tensor, Tensor)";
 
-  static bool is(const Tensor& t, std::initializer_list<c10::SymInt> size) {
-    const auto sizes = t.sym_sizes();
-    if (sizes.size() != size.size() && sizes.size() != size.size() + 2) return false;
-    for (size_t i = 0; i < sizes.size(); i++) {
-      if (sizes[i] != (i < size.size() ? size.begin()[i] : c10::SymInt(1))) return false;
-    }
-    return true;
-  }
-  static bool is_vector(const Tensor& t, const c10::SymInt& length) { return t.dim() == 1 && t.sym_size(0) == length; }
-
   static void check_transform(const Parameters& p, int first, const c10::SymInt& c) {
     const char* const* names = &kParameterNames[first];
     const MaybeTensor* t = &p[first];
@@ -72,23 +61,19 @@ struct GlobalContextOf<std::index_sequence<I...>> {
     for (int i = 0; i < kSize; i++) {
       TORCH_CHECK_VALUE(t[i].has_value(), name, ": expected ", names[i], " with ", names[given], ", got None");
     }
-    const c10::SymInt r = t[kW1]->dim() > 0 ? t[kW1]->sym_size(0) : c10::SymInt(0);
-    TORCH_CHECK_VALUE(r > 0 && is(*t[kW1], {r, c}), name, ": expected ", names[kW1], " of size [R, ", c, "] or [R, ", c,
-                      ", 1, 1], got ", size_of(*t[kW1]));
-    TORCH_CHECK_VALUE(is_vector(*t[kB1], r), name, ": expected ", names[kB1], " of size [", r, "], got ",
-                      size_of(*t[kB1]));
+    const c10::SymInt r = check_hidden_size(name, *t[kW1], c, names[kW1]);
+    check_vector(name, names[kB1], t[kB1], r);
     for (int i : {kNormWeight, kNormBias}) {
-      TORCH_CHECK_VALUE(is(*t[i], {r}), name, ": expected ", names[i], " of size [", r, "] or [", r, ", 1, 1], got ",
-                        size_of(*t[i]));
+      const auto size = t[i]->sym_sizes();
+      const bool ones = size.size() == 1 || (size.size() == 3 && size[1] == 1 && size[2] == 1);
+      TORCH_CHECK_VALUE(ones && size[0] == r, name, ": expected ", names[i], " of size [", r, "] or [", r,
+                        ", 1, 1], got ", size_of(*t[i]));
     }
-    TORCH_CHECK_VALUE(is(*t[kW2], {c, r}), name, ": expected ", names[kW2], " of size [", c, ", ", r, "] or [", c, ", ",
-                      r, ", 1, 1], got ", size_of(*t[kW2]));
-    TORCH_CHECK_VALUE(is_vector(*t[kB2], c), name, ": expected ", names[kB2], " of size [", c, "], got ",
-                      size_of(*t[kB2]));
+    check_matrix(name, names[kW2], *t[kW2], c, r);
+    check_vector(name, names[kB2], t[kB2], c);
   }
 
-  static void check(const Tensor& x, Given<I>... tensors, double eps, std::string_view activation,
-                    std::string_view gate) {
+  static void check(const Tensor& x, Given<I>... tensors, double, std::string_view activation, std::string_view gate) {
     const Parameters p{tensors...};
     check_feature_map(name, x);
     for (int i = 0; i < kParameters; i++) check_parameter(name, kParameterNames[i], p[i], x);
@@ -99,12 +84,10 @@ struct GlobalContextOf<std::index_sequence<I...>> {
     }
     const auto c = x.sym_size(1);
     const MaybeTensor &weight = p[kAttnWeight], &bias = p[kAttnBias];
-    TORCH_CHECK_VALUE(!weight.has_value() || is(*weight, {1, c}), name, ": expected attn_weight of size [1, ", c,
-                      "] or [1, ", c, ", 1, 1], got ", size_of(*weight));
+    if (weight.has_value()) check_matrix(name, kParameterNames[kAttnWeight], *weight, 1, c);
     TORCH_CHECK_VALUE(weight.has_value() || !bias.has_value(), name,
                       ": expected attn_bias only with attn_weight, got attn_bias of size ", size_of(*bias));
-    TORCH_CHECK_VALUE(!bias.has_value() || is_vector(*bias, 1), name, ": expected attn_bias of size [1], got ",
-                      size_of(*bias));
+    check_vector(name, kParameterNames[kAttnBias], bias, 1);
     bool given = false;
     for (int at = kFirst; at < kParameters; at += kSize) {
       if (std::none_of(&p[at], &p[at] + kSize, [](const MaybeTensor& t) { return t.has_value(); })) continue;
@@ -116,13 +99,6 @@ struct GlobalContextOf<std::index_sequence<I...>> {
     check_one_of(name, "gate", gate, kGateNames);
   }
 
-  static Activation activation_of(std::string_view text) {
-    return static_cast<Activation>(check_one_of(name, "activation", text, kActivationNames));
-  }
-  static Gate gate_of(std::string_view text) { return static_cast<Gate>(check_one_of(name, "gate", text, kGateNames)); }
-
-  static Tensor plane(const Tensor& t) { return t.unsqueeze(-1).unsqueeze(-1); }
-  static Tensor matrix(const MaybeTensor& w, const Tensor& x) { return w->flatten(1).to(x.scalar_type()); }
   static Tensor vector(const MaybeTensor& t, const Tensor& x) { return t->flatten().to(x.scalar_type()); }
 
   // The context: of the flat map (N, C, HW) by the attention (N, 1, HW), or the mean.
@@ -136,7 +112,7 @@ struct GlobalContextOf<std::index_sequence<I...>> {
       flat = x.flatten(2);
       weight = vector(p[kAttnWeight], x);
       Tensor logits = at::matmul(flat.transpose(1, 2), weight).unsqueeze(1);
-      if (p[kAttnBias].has_value()) logits = logits + vector(p[kAttnBias], x);
+      if (p[kAttnBias].has_value()) logits = logits + 0 * vector(p[kAttnBias], x);
       // Not at::softmax (nor, below, at::layer_norm): the reverse derivative of the forward one is refused, or wrong.
       attention = at::exp(logits - at::logsumexp(logits.detach(), {-1}, true));
       attention = attention / attention.sum(-1, true);
@@ -146,13 +122,13 @@ struct GlobalContextOf<std::index_sequence<I...>> {
   struct Transformed {
     Tensor rate, unit, normed, active, out;  // unit: of mean 0 and variance 1; rate: 1 / the deviation
     Transformed(const Tensor& c, const MaybeTensor* p, double eps, Activation activation) {
-      const Tensor hidden = at::linear(c, matrix(p[kW1], c), vector(p[kB1], c));
+      const Tensor hidden = at::linear(c, layer_weight(*p[kW1], c), vector(p[kB1], c));
       const Tensor d = hidden - hidden.mean(1, true);
       rate = at::rsqrt((d * d).mean(1, true) + eps);
       unit = d * rate;
       normed = unit * vector(p[kNormWeight], c) + vector(p[kNormBias], c);
       active = activate(normed, activation);
-      out = at::linear(active, matrix(p[kW2], c), vector(p[kB2], c));
+      out = at::linear(active, layer_weight(*p[kW2], c), vector(p[kB2], c));
     }
   };
 
@@ -161,10 +137,10 @@ struct GlobalContextOf<std::index_sequence<I...>> {
     const Parameters p{tensors...};
     const Tensor c = Pooled(x, p).context;
     const auto transform = [&](int t) {
-      return Transformed(c, &p[kFirst + t * kSize], eps, activation_of(activation)).out;
+      return Transformed(c, &p[kFirst + t * kSize], eps, activation_of(name, activation)).out;
     };
     Tensor y = x;
-    if (p[kFirst].has_value()) y = y * plane(apply_gate(transform(kScale), gate_of(gate)));
+    if (p[kFirst].has_value()) y = y * plane(apply_gate(transform(kScale), gate_of(name, gate)));
     if (p[kFirst + kSize].has_value()) y = y + plane(transform(kAdd));
     return y;
   }
@@ -175,33 +151,31 @@ struct GlobalContextOf<std::index_sequence<I...>> {
     const Pooled pooled(x, p);
     const Tensor& c = pooled.context;
     Grads grads(kParameters, at::empty({0}, x.options()));
-    const auto put = [&](int i, const Tensor& g) {
-      grads[i] = g.reshape_symint(p[i]->sym_sizes()).to(p[i]->scalar_type());
-    };
+    const auto put = [&](int i, const Tensor& g) { grads[i] = gradient_like(g, *p[i]); };
     Tensor grad_x = grad, grad_c;
     for (int t : {kScale, kAdd}) {
       const int first = kFirst + t * kSize;
       if (!p[first].has_value()) continue;
-      const Transformed s(c, &p[first], eps, activation_of(activation));
+      const Transformed s(c, &p[first], eps, activation_of(name, activation));
       Tensor slope;
       if (t == kScale) {
-        const Tensor gated = apply_gate(s.out, gate_of(gate));
+        const Tensor gated = apply_gate(s.out, gate_of(name, gate));
         grad_x = grad * plane(gated);
-        slope = apply_gate_backward((grad * x).sum({2, 3}), s.out, gated, gate_of(gate));
+        slope = apply_gate_backward((grad * x).sum({2, 3}), s.out, gated, gate_of(name, gate));
       } else {
         slope = grad.sum({2, 3});
       }
       put(first + kW2, at::matmul(slope.t(), s.active));
       put(first + kB2, slope.sum(0));
-      const Tensor normed =
-          activate_backward(at::matmul(slope, matrix(p[first + kW2], x)), s.normed, activation_of(activation));
+      const Tensor normed = activate_backward(at::matmul(slope, layer_weight(*p[first + kW2], x)), s.normed,
+                                              activation_of(name, activation));
       put(first + kNormWeight, (normed * s.unit).sum(0));
       put(first + kNormBias, normed.sum(0));
       const Tensor unit = normed * vector(p[first + kNormWeight], x);
       const Tensor hidden = s.rate * (unit - unit.mean(1, true) - s.unit * (unit * s.unit).mean(1, true));
       put(first + kW1, at::matmul(hidden.t(), c));
       put(first + kB1, hidden.sum(0));
-      const Tensor by_c = at::matmul(hidden, matrix(p[first + kW1], x));
+      const Tensor by_c = at::matmul(hidden, layer_weight(*p[first + kW1], x));
       grad_c = grad_c.defined() ? grad_c + by_c : by_c;
     }
     if (pooled.attention.defined()) {
@@ -210,7 +184,7 @@ struct GlobalContextOf<std::index_sequence<I...>> {
       const Tensor shift = grad_c.unsqueeze(2) * pooled.attention + pooled.weight.unsqueeze(1) * dz;
       grad_x = grad_x + shift.reshape_symint(x.sym_sizes());
       put(kAttnWeight, at::bmm(pooled.flat, dz.transpose(1, 2)).sum(0));
-      if (p[kAttnBias].has_value()) put(kAttnBias, dz.sum());
+      if (p[kAttnBias].has_value()) put(kAttnBias, 0 * dz.sum());
     } else {
       grad_x = grad_x + plane(grad_c) / at::Scalar(x.sym_size(2) * x.sym_size(3));
     }
@@ -237,7 +211,7 @@ struct GlobalContextOf<std::index_sequence<I...>> {
       data[i] = const_cast<void*>(data_of(dense[i]));
       dtype = dtype_of(*dense[i]);
     }
-    return {pointers(dense, data), *dtype, eps, activation_of(activation), gate_of(gate)};
+    return {pointers(dense, data), *dtype, eps, activation_of(name, activation), gate_of(name, gate)};
   }
 
   static void run(const Call& kernel, const Tensor& y, const Tensor& x, Given<I>... tensors, double eps,

@@ -18,7 +18,7 @@ struct ContextTransform {
 inline constexpr int kScale = 0, kAdd = 1;
 struct ContextParameters {
   void* attn_weight;  // (C), or null: the mean
-  void* attn_bias;    // (1), or null
+  void* attn_bias;    // (1), or null: attention does not change with it, unless it is not finite
   ContextTransform transforms[2];
 };
 struct ContextWeights : ContextParameters {

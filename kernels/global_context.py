@@ -163,7 +163,7 @@ def _change_maps(maps: Maps, logits: Tensor | None, shift: Tensor | None, y: Ten
 def _logits(value, weight, bias, c, C):
     z = tl.sum(value * load(weight + c, c < C), 0)
     if bias is not None:
-        z += load(bias, True)
+        z += 0 * load(bias, True)  # attention does not change with it, unless it is not finite
     return z
 
 

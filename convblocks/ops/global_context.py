@@ -19,29 +19,18 @@ TRANSFORMS = ("scale", "add")
 PARAMETERS = ("attn_weight", "attn_bias", *(f"{t}_{name}" for t in TRANSFORMS for name in _TRANSFORM))
 
 
-def _is(t: MaybeTensor, *size: int) -> bool:
-    """Of this size, with or without a height and width of 1."""
-    return t is not None and tuple(t.shape) in (size, (*size, 1, 1))
-
-
-def _is_vector(t: MaybeTensor, length: int) -> bool:
-    return t is not None and tuple(t.shape) == (length,)
-
-
 def _check_transform(name: str, tensors: dict[str, MaybeTensor], c: int) -> None:
-    given = [n for n, t in tensors.items() if t is not None]
-    for n, t in tensors.items():
-        if t is None:
-            raise ValueError(f"{_OP}: expected {n} with {given[0]}, got None")
+    given = {n: t for n, t in tensors.items() if t is not None}
+    for n in tensors:
+        if n not in given:
+            raise ValueError(f"{_OP}: expected {n} with {next(iter(given))}, got None")
     w1, b1, norm_weight, norm_bias, w2, b2 = (f"{name}_{n}" for n in _TRANSFORM)
-    t = tensors[w1]
-    r = t.shape[0] if t is not None and t.dim() > 0 else 0
-    checks.size(_OP, w1, t, r > 0 and _is(t, r, c), f"[R, {c}] or [R, {c}, 1, 1]")
-    checks.size(_OP, b1, tensors[b1], _is_vector(tensors[b1], r), f"[{r}]")
+    r = checks.hidden_size(_OP, given[w1], c, w1)
+    checks.vector(_OP, b1, given[b1], r)
     for n in (norm_weight, norm_bias):
-        checks.size(_OP, n, tensors[n], _is(tensors[n], r), f"[{r}] or [{r}, 1, 1]")
-    checks.size(_OP, w2, tensors[w2], _is(tensors[w2], c, r), f"[{c}, {r}] or [{c}, {r}, 1, 1]")
-    checks.size(_OP, b2, tensors[b2], _is_vector(tensors[b2], c), f"[{c}]")
+        checks.size(_OP, n, given[n], list(given[n].shape) in ([r], [r, 1, 1]), f"[{r}] or [{r}, 1, 1]")
+    checks.matrix(_OP, w2, given[w2], c, r)
+    checks.vector(_OP, b2, given[b2], c)
 
 
 def check(x: Tensor, *args: Any) -> None:
@@ -53,10 +42,11 @@ def check(x: Tensor, *args: Any) -> None:
     checks.one_dtype(_OP, **tensors)
     c = x.shape[1]
     weight, bias = tensors["attn_weight"], tensors["attn_bias"]
-    checks.size(_OP, "attn_weight", weight, _is(weight, 1, c), f"[1, {c}] or [1, {c}, 1, 1]")
+    if weight is not None:
+        checks.matrix(_OP, "attn_weight", weight, 1, c)
     if weight is None and bias is not None:
         raise ValueError(f"{_OP}: expected attn_bias only with attn_weight, got attn_bias of size {list(bias.shape)}")
-    checks.size(_OP, "attn_bias", bias, _is_vector(bias, 1), "[1]")
+    checks.vector(_OP, "attn_bias", bias, 1)
     given = False
     for name in TRANSFORMS:
         transform = {n: t for n, t in tensors.items() if n.startswith(f"{name}_")}
@@ -75,8 +65,8 @@ def _context(x: Tensor, weight: MaybeTensor, bias: MaybeTensor) -> Tensor:
         return x.mean((2, 3))
     pixels = x.flatten(2)
     logits = weight.reshape(1, 1, -1).to(x.dtype).expand(x.shape[0], -1, -1) @ pixels
-    if bias is not None:
-        logits = logits + bias.to(x.dtype)
+    if bias is not None:  # with which the softmax does not change, so that its gradient is 0, without rounding
+        logits = logits + 0 * bias.to(x.dtype)
     return (pixels @ _softmax(logits).transpose(1, 2)).squeeze(2)
 
 

@@ -124,7 +124,7 @@ struct Transform {
 template <class A>
 A bias_of(const Context& context, const ContextWeights& w) {
   const A* bias = widened<A>(context, w.attn_bias, w.dtype, 1);
-  return bias ? *bias : A(0);
+  return bias ? 0 * *bias : A(0);
 }
 
 template <class T>

@@ -167,7 +167,7 @@ __global__ void __launch_bounds__(kContextThreads, 2)
     A rescale = 1;
     if (weight) {
       block.sum_channels(pixels, e, [&](int c, int p) { return weight[c] * v(c, p); });
-      const A shift = bias ? bias[0] : A(0);
+      const A shift = bias ? 0 * bias[0] : A(0);
       A most = maximum;
       for (int p = 0; p < pixels; p++) most = Max()(most, e[p] + shift);
       rescale = std::exp(maximum - most);
@@ -263,7 +263,7 @@ __global__ void __launch_bounds__(kContextThreads, 2)
     block.sum_channels(pixels, attention, [&](int c, int p) { return weight[c] * v(c, p); });
     block.sum_channels(pixels, dz, [&](int c, int p) { return gc[c] * (v(c, p) - mean[c]); });
     if (threadIdx.x < static_cast<unsigned>(pixels)) {
-      const A a = std::exp(attention[threadIdx.x] + (bias ? bias[0] : A(0)) - maximum) * factor;
+      const A a = std::exp(attention[threadIdx.x] + (bias ? 0 * bias[0] : A(0)) - maximum) * factor;
       attention[threadIdx.x] = a;
       dz[threadIdx.x] *= a;
     }
