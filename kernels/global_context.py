@@ -65,7 +65,9 @@ def global_context_backward(grad: Tensor, x: Tensor, *args: Tensor | float | str
         if add.w1 is not None:
             by_add, grads[8:14] = add.backward(pooled.grad)
         by_context = by_add if by_scale is None else by_scale if by_add is None else by_scale + by_add
-        if tensors[0] is None:
+        if x.numel() == 0:
+            grads[:2] = (None if t is None else torch.zeros_like(t) for t in tensors[:2])
+        elif tensors[0] is None:
             grad_maps = Maps(grad, channels_last=maps.channels_last)
             _change_maps(grad_maps, logits, by_context, grad_x, maps.hw, gate)
         else:
@@ -83,6 +85,11 @@ class _Pooled:
         self.maps = maps
         self.weight = None if weight is None else weight.contiguous()
         self.bias = None if bias is None else bias.contiguous()
+        if 0 in (maps.n, maps.c, maps.hw):  # the mean of no pixels is no number
+            self.contexts, self.dot, self.grad = maps.sums(KINDS.value, maps.n, maps.c).zero_()
+            if weight is None:
+                self.contexts.fill_(float("nan"))
+            return
         self.tile = self._tile()
         tiles = self.tile.p_blocks
         self.count = triton.cdiv(tiles, min(MAX_SPLITS, max(1, triton.cdiv(ENOUGH, maps.n))))
