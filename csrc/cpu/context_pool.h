@@ -7,6 +7,17 @@
 
 namespace convblocks::cpu {
 
+// Calls f(first, std::integral_constant<int, S>) for as many pixels as a vector has lanes, and then for fewer.
+template <int L, class F>
+CONVBLOCKS_LOOP inline void by_rows(int64_t pixels, F f) {
+  int64_t p = 0;
+  for (; p + L <= pixels; p += L) f(p, std::integral_constant<int, L>{});
+  if constexpr (L > 4) {
+    for (; p + 4 <= pixels; p += 4) f(p, std::integral_constant<int, 4>{});
+  }
+  for (; p < pixels; p++) f(p, std::integral_constant<int, 1>{});
+}
+
 // out[p] = bias + the sum over the channels i of weight[i] * (x[i][p] - center[i]), for `pixels` pixels from x on.
 // Without a center, which is null then, of weight[i] * x[i][p].
 template <bool kCentered, class T>
@@ -33,31 +44,24 @@ void weigh_channels(const T* x, const Map& map, int64_t pixels, int64_t c, const
     for (; i < c; i++) add(i, std::integral_constant<int, 1>{});
     return;
   }
-  // As many pixels as a vector has lanes share each load of the weights, and their sums are added up together.
-  int64_t p = 0;
-  for (; p + L <= pixels; p += L) {
+  const auto rows = [=]<int S>(int64_t p, std::integral_constant<int, S>) CONVBLOCKS_LOOP {
     Vec<A> sums[L]{};
     const T* from = x + p * map.pixel;
     for_lanes<T>(c, [&, from, weight, center](int64_t i, auto lanes) CONVBLOCKS_LOOP {
       const Vec<A> w = load(weight + i, lanes), mean = kCentered ? load(center + i, lanes) : Vec<A>{};
 #pragma GCC unroll 16
-      for (int l = 0; l < L; l++) sums[l] += (load(from + l * map.pixel + i, lanes) - mean) * w;
+      for (int s = 0; s < S; s++) {
+        const Vec<A> v = load(from + s * map.pixel + i, lanes);
+        sums[s] += (kCentered ? v - mean : v) * w;
+      }
     });
-    transpose<A>(sums);
-    for (int step = L / 2; step > 0; step /= 2) {
-      for (int l = 0; l < step; l++) sums[l] += sums[l + step];
-    }
-    store(out + p, sums[0] + bias);
-  }
-  for (; p < pixels; p++) {
-    Vec<A> sum{};
-    const T* from = x + p * map.pixel;
-    for_lanes<T>(c, [&, from, weight, center](int64_t i, auto lanes) CONVBLOCKS_LOOP {
-      const Vec<A> v = load(from + i, lanes);
-      sum += (kCentered ? v - load(center + i, lanes) : v) * load(weight + i, lanes);
-    });
-    out[p] = sum_lanes(sum) + bias;
-  }
+    const Vec<A> result = sum_each(sums) + bias;
+    if constexpr (S == L)
+      store(out + p, result);
+    else
+      store(out + p, result, S);
+  };
+  by_rows<L>(pixels, rows);
 }
 
 // How the pixels of a sample are cut: by the sizes only.
@@ -68,7 +72,7 @@ struct Chunks {
     constexpr int64_t L = kLanes<T>;
     const int64_t bytes = c * sizeof(T);
     const int64_t most =
-        planes ? std::clamp<int64_t>((256 << 10) / bytes, 64, 2048) : std::clamp<int64_t>((128 << 10) / bytes, 16, 256);
+        planes ? std::clamp<int64_t>((384 << 10) / bytes, 64, 1024) : std::clamp<int64_t>((128 << 10) / bytes, 16, 256);
     const int64_t even = (hw + most - 1) / most;
     length = ((hw + even - 1) / even + L - 1) / L * L;
     count = (hw + length - 1) / length;
@@ -116,7 +120,9 @@ class ContextPool {
     const Sample s = sample(i);
     chunks.each(team, (K + 1) * c_, [=, this](int64_t chunk, int64_t first, int64_t pixels) {
       A* const numbers = s.chunks + 3 * chunk;
-      if (weight_) {
+      if (weight_ && x_.pixel != 1) {
+        pool_rows(i, first, pixels, s.weights + first, numbers, s.partial + chunk * K * c_);
+      } else if (weight_) {
         A* const z = s.weights + first;
         weigh_channels<false>(row<T>(x_, i, 0, first), x_, pixels, c_, weight_, static_cast<const A*>(nullptr), bias_,
                               z);
@@ -140,6 +146,9 @@ class ContextPool {
  private:
   int64_t size() const { return K * c_ + 3 * chunks.count + (weight_ ? hw_ : 0) + chunks.count * K * c_; }
 
+  // 1 at the maximum, and nothing far below it.
+  static Vec<A> exp_below(Vec<A> v) { return v < -87 ? Vec<A>{} : exp(v); }
+
   // From logits to exp(logit - maximum); leaves the maximum and the sum.
   static void exponentials(A* z, int64_t pixels, A* numbers) {
     constexpr A lowest = -std::numeric_limits<A>::infinity();
@@ -147,8 +156,7 @@ class ContextPool {
     for_lanes<A>(pixels, [&](int64_t p, auto lanes) { most = max_or_nan(most, load(z + p, lanes, lowest)); });
     const A maximum = max_lanes(most);
     for_lanes<A>(pixels, [&](int64_t p, auto lanes) {
-      const Vec<A> below = load(z + p, lanes, lowest) - maximum;
-      const Vec<A> e = below < -87 ? Vec<A>{} : exp(below);  // 1 at the maximum, and nothing far below it
+      const Vec<A> e = exp_below(load(z + p, lanes, lowest) - maximum);
       store(z + p, e, lanes);
       total += e;
     });
@@ -157,33 +165,90 @@ class ContextPool {
   }
 
   template <bool kWeighted>
+  static Vecs<A, K> terms(Vec<A> v, Vec<A> g, Vec<A> weight) {
+    const Vec<A> weighted = kWeighted ? v * weight : v;
+    if constexpr (kBackward)
+      return {weighted, g * v, g};
+    else
+      return {weighted};
+  }
+
+  template <bool kWeighted>
   void sum(int64_t i, int64_t first, int64_t pixels, const A* e, A* out) const {
-    const auto terms = [](Vec<A> v, Vec<A> g, Vec<A> weight) {
-      const Vec<A> weighted = kWeighted ? v * weight : v;
-      if constexpr (kBackward)
-        return Vecs<A, K>{weighted, g * v, g};
-      else
-        return Vecs<A, K>{weighted};
-    };
     const T* const x = row<T>(x_, i, 0, first);
     const T* const g = kBackward ? row<T>(grad_, i, 0, first) : x;
     if (x_.pixel == 1) {
-      for (int64_t channel = 0; channel < c_; channel++) {
-        const T *v = x + channel * x_.channel, *gradient = kBackward ? g + channel * grad_.channel : v;
-        const auto sums = reduce_plane<T, K>(pixels, [=](int64_t p, auto lanes) CONVBLOCKS_LOOP {
-          return terms(load(v + p, lanes), kBackward ? load(gradient + p, lanes) : Vec<A>{},
-                       kWeighted ? load(e + p, lanes) : Vec<A>{});
-        });
-        for (int k = 0; k < K; k++) out[k * c_ + channel] = sums[k];
-      }
+      reduce_planes<T, K>(0, c_, pixels, out, c_, [=, this](int64_t channel, int64_t p, auto lanes) CONVBLOCKS_LOOP {
+        return terms<kWeighted>(load(x + channel * x_.channel + p, lanes),
+                                kBackward ? load(g + channel * grad_.channel + p, lanes) : Vec<A>{},
+                                kWeighted ? load(e + p, lanes) : Vec<A>{});
+      });
     } else {
       const int64_t step = x_.pixel, grad_step = kBackward ? grad_.pixel : step;
       sum_rows_of<T, K>(0, pixels, c_, out, [=](int64_t p, int64_t channel, auto lanes) CONVBLOCKS_LOOP {
-        return terms(load(x + p * step + channel, lanes),
-                     kBackward ? load(g + p * grad_step + channel, lanes) : Vec<A>{},
-                     kWeighted ? splat<Vec<A>>(e[p]) : Vec<A>{});
+        return terms<kWeighted>(load(x + p * step + channel, lanes),
+                                kBackward ? load(g + p * grad_step + channel, lanes) : Vec<A>{},
+                                kWeighted ? splat<Vec<A>>(e[p]) : Vec<A>{});
       });
     }
+  }
+
+  // channels_last: the logits of a few pixels and, while these are in the first cache, their sums, by exponentials of
+  // what the logits lie below the maximum so far. A higher maximum makes the sums so far smaller.
+  void pool_rows(int64_t i, int64_t first, int64_t pixels, A* z, A* numbers, A* out) const {
+    constexpr int L = kLanes<T>;
+    constexpr A lowest = -std::numeric_limits<A>::infinity();
+    std::fill_n(out, K * c_, A(0));
+    A maximum = lowest;
+    Vec<A> total{};
+    for (int64_t p = 0; p < pixels; p += L) {
+      const int64_t count = std::min<int64_t>(L, pixels - p);
+      const T* const x = row<T>(x_, i, 0, first + p);
+      const T* const g = kBackward ? row<T>(grad_, i, 0, first + p) : x;
+      weigh_channels<false>(x, x_, count, c_, weight_, static_cast<const A*>(nullptr), bias_, z + p);
+      const Vec<A> logits = load(z + p, static_cast<int>(count), lowest);
+      const A most = max_lanes(logits);
+      if (!(most <= maximum)) {
+        const A rescale = p ? std::exp(maximum - most) : A(0);
+        for_lanes<A>(p ? c_ : 0, [=](int64_t channel, auto lanes) CONVBLOCKS_LOOP {
+          store(out + channel, load(out + channel, lanes) * rescale, lanes);
+        });
+        total *= rescale;
+        maximum = most;
+      }
+      const Vec<A> e = exp_below(logits - maximum);
+      total += e;
+      A weights[L];
+      store(weights, e);
+      by_rows<L>(count, [=, this, &weights]<int S>(int64_t begin, std::integral_constant<int, S>) CONVBLOCKS_LOOP {
+        add_rows<S>(x + begin * x_.pixel, g + begin * (kBackward ? grad_.pixel : 0), weights + begin, out);
+      });
+    }
+    numbers[0] = maximum;
+    numbers[1] = sum_lanes(total);
+    if (!kBackward) return;
+    for_lanes<A>(pixels, [=](int64_t p, auto lanes) { store(z + p, exp_below(load(z + p, lanes) - maximum), lanes); });
+  }
+
+  template <int S>
+  CONVBLOCKS_LOOP void add_rows(const T* x, const T* g, const A* weights, A* out) const {
+    Vec<A> weight[S];
+#pragma GCC unroll 16
+    for (int s = 0; s < S; s++) weight[s] = splat<Vec<A>>(weights[s]);
+    const int64_t c = c_, step = x_.pixel, grad_step = kBackward ? grad_.pixel : 0;
+    for_lanes<T>(c, [=](int64_t channel, auto lanes) CONVBLOCKS_LOOP {
+      Vecs<A, K> acc{};
+#pragma GCC unroll 16
+      for (int s = 0; s < S; s++) {
+        const Vecs<A, K> v = terms<true>(load(x + s * step + channel, lanes),
+                                         kBackward ? load(g + s * grad_step + channel, lanes) : Vec<A>{}, weight[s]);
+        for (int k = 0; k < K; k++) acc[k] += v[k];
+      }
+      for (int k = 0; k < K; k++) {
+        A* const to = out + k * c + channel;
+        store(to, load(to, lanes) + acc[k], lanes);
+      }
+    });
   }
 
   // The sums of the sample from those of its chunks.
@@ -241,63 +306,6 @@ void scale_and_shift(const Team& team, const Map& x, const Map& y, int64_t sampl
       finish_stores();
     });
   }
-}
-
-// grad_x of a sample whose attention is not the mean, and its share in the gradient of the attention's weight and bias:
-// `grad_weight` has c + 1 elements for each chunk. All is computed of x - context, which changes nothing, as dz sums to 0,
-// but is exact where one pixel has all attention.
-template <class T>
-void context_gradient(const Team& team, const ContextPool<T, true>& pool, const Map& grad_x, int64_t i, bool far,
-                      const Acc<T>* scale, const Acc<T>* grad_context, Acc<T>* grad_weight) {
-  using A = Acc<T>;
-  const auto s = pool.sample(i);
-  const Map x = pool.x_, grad = pool.grad_;
-  const int64_t c = pool.c_;
-  const A *const weight = pool.weight_, *const context = s.sums;
-  pool.chunks.each(team, 3 * c, [=](int64_t chunk, int64_t first, int64_t pixels) {
-    const Scratch<A> scratch(2 * pixels);
-    A *const attention = scratch.data(), *const dz = attention + pixels;
-    A* const out = grad_weight + chunk * (c + 1);
-    const A *const e = s.weights + first, factor = s.chunks[3 * chunk + 2];
-    const T* const v = row<T>(x, i, 0, first);
-    weigh_channels<true>(v, x, pixels, c, grad_context, context, A(0), dz);
-    Vec<A> total{};
-    for_lanes<A>(pixels, [&](int64_t p, auto lanes) {
-      const Vec<A> a = load(e + p, lanes) * factor, d = a * load(dz + p, lanes);
-      store(attention + p, a, lanes);
-      store(dz + p, d, lanes);
-      total += load(dz + p, lanes);
-    });
-    out[c] = sum_lanes(total);
-    const T* const g = row<T>(grad, i, 0, first);
-    if (x.pixel == 1) {
-      for (int64_t channel = 0; channel < c; channel++) {
-        const T *values = v + channel * x.channel, *gradient = g + channel * grad.channel;
-        const A mean = context[channel];
-        out[channel] = reduce_plane<T, 1>(pixels, [=](int64_t p, auto lanes) CONVBLOCKS_LOOP {
-          return Vecs<A, 1>{(load(values + p, lanes) - mean) * load(dz + p, lanes)};
-        })[0];
-        const A by_grad = scale[channel], by_attention = grad_context[channel], by_dz = weight[channel];
-        write_row<T>(row<T>(grad_x, i, channel, first), pixels, far, [=](int64_t p, auto lanes) CONVBLOCKS_LOOP {
-          return load(gradient + p, lanes) * by_grad + load(attention + p, lanes) * by_attention +
-                 load(dz + p, lanes) * by_dz;
-        });
-      }
-    } else {
-      sum_rows_of<T, 1>(0, pixels, c, out, [=](int64_t p, int64_t channel, auto lanes) CONVBLOCKS_LOOP {
-        return Vecs<A, 1>{(load(v + p * x.pixel + channel, lanes) - load(context + channel, lanes)) * dz[p]};
-      });
-      for (int64_t p = 0; p < pixels; p++) {
-        const T* const gradient = g + p * grad.pixel;
-        const A a = attention[p], d = dz[p];
-        write_row<T>(row<T>(grad_x, i, 0, first + p), c, far, [=](int64_t channel, auto lanes) CONVBLOCKS_LOOP {
-          return load(gradient + channel, lanes) * load(scale + channel, lanes) +
-                 load(grad_context + channel, lanes) * a + load(weight + channel, lanes) * d;
-        });
-      }
-    }
-    finish_stores();
-  });
 }
 
 }  // namespace convblocks::cpu

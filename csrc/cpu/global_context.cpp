@@ -2,7 +2,7 @@
 // and changed while it is in the cache.
 #include "../global_context.h"
 
-#include "context_pool.h"
+#include "context_gradient.h"
 #include "dispatch.h"
 #include "gate.h"
 #include "weights.h"
@@ -39,6 +39,8 @@ struct Transform {
     grad_out = at;
     rate = at + n * c;
   }
+
+  int64_t size() const { return 2 * r * c; }  // of the weights
 
   // For `count` samples from `first` on: the transforms of their contexts, into `out`; both `stride` apart.
   void forward(int64_t first, int64_t count, const A* contexts, A* out, int64_t stride, int64_t out_stride) const {
@@ -139,7 +141,8 @@ void forward(const Context& context, const GlobalContextArgs& a) {
   A *const shifts = scales + n * c, *const contexts = shifts + n * c;
   const bool far = exceeds_caches(context, n * c * a.hw * sizeof(T));
   for_each_group(
-      context, n, group_size(c * a.hw * sizeof(T)), c * a.hw, [&](int64_t first, int64_t count, const Team& team) {
+      context, n, group_size(c * a.hw * sizeof(T), (scale.size() + add.size()) * sizeof(A)), c * a.hw,
+      [&](int64_t first, int64_t count, const Team& team) {
         A *const gates = scales + first * c, *const added = shifts + first * c, *const pooled = contexts + first * c;
         for (int64_t i = 0; i < count; i++) {
           pool.run(first + i, team);
@@ -175,7 +178,7 @@ void backward(const Context& context, const GlobalContextBackwardArgs& a) {
   A* const scales = static_cast<A*>(context.workspace(context, (3 * n * c + n * shares) * sizeof(A)));
   A *const grad_contexts = scales + n * c, *const contexts = grad_contexts + n * c, *const attention = contexts + n * c;
   const bool far = exceeds_caches(context, n * c * hw * sizeof(T));
-  const int64_t group = group_size(2 * c * hw * sizeof(T));
+  const int64_t group = group_size(2 * c * hw * sizeof(T), 2 * (scale.size() + add.size()) * sizeof(A));
   for_each_group(context, n, group, 2 * c * hw, [&](int64_t first, int64_t count, const Team& team) {
     A *const gates = scales + first * c, *const by_context = grad_contexts + first * c,
              *const pooled = contexts + first * c;

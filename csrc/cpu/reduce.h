@@ -113,6 +113,47 @@ CONVBLOCKS_LOOP inline std::array<Acc<T>, K> reduce_plane(int64_t n, F f) {
   return result;
 }
 
+// The same for G planes together: the K sums of f(plane, i, lanes) into out[k * stride + plane]. What the sums of a vector's
+// lanes cost is shared, which is most of the work on short planes.
+template <class T, int K, int G, class F>
+CONVBLOCKS_LOOP inline void reduce_together(int64_t n, Acc<T>* out, int64_t stride, F f) {
+  using A = Acc<T>;
+  Vecs<A, K> acc[G]{};
+  for_lanes<T>(n, [&, f](int64_t i, auto lanes) CONVBLOCKS_LOOP {
+#pragma GCC unroll 16
+    for (int g = 0; g < G; g++) {
+      const Vecs<A, K> v = f(g, i, lanes);
+      for (int k = 0; k < K; k++) acc[g][k] += v[k];
+    }
+  });
+  for (int k = 0; k < K; k++) {
+    Vec<A> sums[kLanes<A>]{};
+    for (int g = 0; g < G; g++) sums[g] = acc[g][k];
+    store(out + k * stride, sum_each(sums), G);
+  }
+}
+
+// And for the planes in [begin, end), of n pixels each; how a plane is summed depends on n only.
+template <class T, int K, class F>
+CONVBLOCKS_LOOP inline void reduce_planes(int64_t begin, int64_t end, int64_t n, Acc<T>* out, int64_t stride, F f) {
+  constexpr int64_t kShort = 1024;
+  constexpr int G = std::max(1, kLanes<T> / 2);
+  int64_t first = begin;
+  const auto together = [=]<int N>(int64_t at, std::integral_constant<int, N>) CONVBLOCKS_LOOP {
+    reduce_together<T, K, N>(n, out + at, stride,
+                             [=](int g, int64_t i, auto lanes) CONVBLOCKS_LOOP { return f(at + g, i, lanes); });
+  };
+  if (n <= kShort) {
+    for (; first + G <= end; first += G) together(first, std::integral_constant<int, G>{});
+    for (; first < end; first++) together(first, std::integral_constant<int, 1>{});
+  }
+  for (; first < end; first++) {
+    const auto sums =
+        reduce_plane<T, K>(n, [=, plane = first](int64_t i, auto lanes) CONVBLOCKS_LOOP { return f(plane, i, lanes); });
+    for (int k = 0; k < K; k++) out[k * stride + first] = sums[k];
+  }
+}
+
 // channels_last: the K sums of f(pixel, channel, lanes) -> Vecs<A, K> over the pixels, for each of c channels, into
 // out[k * c + channel]. `partial` is workspace of row_sums_size elements.
 inline constexpr int64_t kPixelChunk = 128;
