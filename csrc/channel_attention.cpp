@@ -8,13 +8,11 @@
 #include <ATen/ops/mean.h>
 #include <ATen/ops/sum.h>
 
-#include "gate_formula.h"
-#include "layer_checks.h"
+#include "layer_formula.h"
 
 namespace convblocks {
 
 struct ChannelAttention {
-  using MaybeTensor = std::optional<Tensor>;
   using Gradients = std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor>;
 
   static constexpr const char* name = "channel_attention";
@@ -50,90 +48,57 @@ struct ChannelAttention {
     return {x.sym_size(0), x.sym_size(1), 1, 1};
   }
 
-  static Activation activation_of(std::string_view text) {
-    return static_cast<Activation>(check_one_of(name, "activation", text, kActivationNames));
-  }
-  static Gate gate_of(std::string_view text) { return static_cast<Gate>(check_one_of(name, "gate", text, kGateNames)); }
-  static Tensor matrix(const Tensor& w, const Tensor& x) { return w.flatten(1).to(x.scalar_type()); }
-  static MaybeTensor bias(const MaybeTensor& b, const Tensor& x) {
-    return b.has_value() ? MaybeTensor(b->to(x.scalar_type())) : b;
-  }
-
   // Of one way to pool.
   struct Terms {
     Tensor pooled, hidden, active, logit;
     Terms(const Tensor& s, const Tensor& w1, const MaybeTensor& b1, const Tensor& w2, const MaybeTensor& b2,
           Activation activation)
-        : pooled(s), hidden(at::linear(s, matrix(w1, s), bias(b1, s))), active(activate(hidden, activation)),
-          logit(at::linear(active, matrix(w2, s), bias(b2, s))) {}
+        : pooled(s), hidden(at::linear(s, layer_weight(w1, s), layer_bias(b1, s))),
+          active(activate(hidden, activation)), logit(at::linear(active, layer_weight(w2, s), layer_bias(b2, s))) {}
   };
 
   static Tensor formula(const Tensor& x, const Tensor& w1, const MaybeTensor& b1, const Tensor& w2,
                         const MaybeTensor& b2, std::string_view activation, std::string_view gate) {
-    const Activation kind = activation_of(activation);
+    const Activation kind = activation_of(name, activation);
     const Terms mean(x.mean({2, 3}), w1, b1, w2, b2, kind), max(x.amax({2, 3}), w1, b1, w2, b2, kind);
-    return apply_gate(mean.logit + max.logit, gate_of(gate)).to(x.scalar_type()).unsqueeze(-1).unsqueeze(-1);
+    return apply_gate(mean.logit + max.logit, gate_of(name, gate)).to(x.scalar_type()).unsqueeze(-1).unsqueeze(-1);
   }
 
   static Gradients backward_formula(const Tensor& grad, const Tensor& x, const Tensor& w1, const MaybeTensor& b1,
                                     const Tensor& w2, const MaybeTensor& b2, std::string_view activation,
                                     std::string_view gate) {
-    const Activation kind = activation_of(activation);
+    const Activation kind = activation_of(name, activation);
     const Terms mean(x.mean({2, 3}), w1, b1, w2, b2, kind), max(x.amax({2, 3}), w1, b1, w2, b2, kind);
     const Tensor none = at::empty({0}, x.options()), logit = mean.logit + max.logit;
-    const Tensor dlogit = apply_gate_backward(grad.flatten(1), logit, apply_gate(logit, gate_of(gate)), gate_of(gate));
-    const Tensor dactive = at::matmul(dlogit, matrix(w2, x));
+    const Tensor dlogit =
+        apply_gate_backward(grad.flatten(1), logit, apply_gate(logit, gate_of(name, gate)), gate_of(name, gate));
+    const Tensor dactive = at::matmul(dlogit, layer_weight(w2, x));
     const Tensor by_mean = activate_backward(dactive, mean.hidden, kind),
                  by_max = activate_backward(dactive, max.hidden, kind);
-    const auto plane = [](const Tensor& t) { return t.unsqueeze(-1).unsqueeze(-1); };
-    const auto like = [](const Tensor& g, const Tensor& w) {
-      return g.reshape_symint(w.sym_sizes()).to(w.scalar_type());
-    };
     const Tensor is_max = at::eq(x, plane(max.pooled)).to(x.scalar_type());
-    const Tensor dx = plane(at::matmul(by_mean, matrix(w1, x))) / at::Scalar(x.sym_size(2) * x.sym_size(3)) +
-                      plane(at::matmul(by_max, matrix(w1, x))) * is_max / is_max.sum({2, 3}, true);
-    return {dx, like(at::matmul(by_mean.t(), mean.pooled) + at::matmul(by_max.t(), max.pooled), w1),
-            b1.has_value() ? like((by_mean + by_max).sum(0), *b1) : none,
-            like(at::matmul(dlogit.t(), mean.active + max.active), w2),
-            b2.has_value() ? like(2 * dlogit.sum(0), *b2) : none};
-  }
-
-  // The weights as the kernels take them; `dense` keeps copies of the rare ones that are not contiguous alive.
-  static SqueezeExciteWeights weights(const Tensor& w1, const MaybeTensor& b1, const Tensor& w2, const MaybeTensor& b2,
-                                      std::string_view activation, std::string_view gate,
-                                      std::array<MaybeTensor, 4>& dense) {
-    dense = {w1, b1, w2, b2};
-    for (auto& t : dense) {
-      if (t.has_value()) t = t->contiguous();
-    }
-    return {dtype_of(w2),
-            w1.size(0),
-            data_of(dense[0]),
-            data_of(dense[1]),
-            data_of(dense[2]),
-            data_of(dense[3]),
-            activation_of(activation),
-            gate_of(gate),
-            false};
+    const Tensor dx = plane(at::matmul(by_mean, layer_weight(w1, x))) / at::Scalar(x.sym_size(2) * x.sym_size(3)) +
+                      plane(at::matmul(by_max, layer_weight(w1, x))) * is_max / is_max.sum({2, 3}, true);
+    return {dx, gradient_like(at::matmul(by_mean.t(), mean.pooled) + at::matmul(by_max.t(), max.pooled), w1),
+            b1.has_value() ? gradient_like((by_mean + by_max).sum(0), *b1) : none,
+            gradient_like(at::matmul(dlogit.t(), mean.active + max.active), w2),
+            b2.has_value() ? gradient_like(2 * dlogit.sum(0), *b2) : none};
   }
 
   static void run(const Call& kernel, const Tensor& y, const Tensor& x, const Tensor& w1, const MaybeTensor& b1,
                   const Tensor& w2, const MaybeTensor& b2, std::string_view activation, std::string_view gate) {
-    std::array<MaybeTensor, 4> dense;
-    const auto w = weights(w1, b1, w2, b2, activation, gate, dense);
-    kernel(ChannelAttentionArgs{dtype_of(x), x.size(0), x.size(1), x.size(2) * x.size(3), w,
+    const DenseLayers layers(dtype_of(w2), w1, b1, w2, b2, activation_of(name, activation), gate_of(name, gate));
+    kernel(ChannelAttentionArgs{dtype_of(x), x.size(0), x.size(1), x.size(2) * x.size(3), layers.weights,
                                 Walk(x, walk_format(x)).map, y.data_ptr()});
   }
 
   static void run_backward(const Call& kernel, Grads& grads, const Tensor& grad, const Tensor& x, const Tensor& w1,
                            const MaybeTensor& b1, const Tensor& w2, const MaybeTensor& b2, std::string_view activation,
                            std::string_view gate) {
-    std::array<MaybeTensor, 4> dense;
-    const auto w = weights(w1, b1, w2, b2, activation, gate, dense);
+    const DenseLayers layers(dtype_of(w2), w1, b1, w2, b2, activation_of(name, activation), gate_of(name, gate));
     const auto format = walk_format(x);
     const auto out = [&](size_t i) { return grads[i].numel() ? grads[i].data_ptr() : nullptr; };
     const Tensor gradient = grad.contiguous();
-    kernel(ChannelAttentionBackwardArgs{dtype_of(x), x.size(0), x.size(1), x.size(2) * x.size(3), w,
+    kernel(ChannelAttentionBackwardArgs{dtype_of(x), x.size(0), x.size(1), x.size(2) * x.size(3), layers.weights,
                                         gradient.const_data_ptr(), Walk(x, format).map, Walk(grads[0], format).map,
                                         out(1), out(2), out(3), out(4)});
   }

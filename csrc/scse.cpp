@@ -11,12 +11,11 @@
 #include <ATen/ops/threshold_backward.h>
 #include <ATen/ops/where.h>
 
-#include "layer_checks.h"
+#include "layer_formula.h"
 
 namespace convblocks {
 
 struct Scse {
-  using MaybeTensor = std::optional<Tensor>;
   using Gradients = std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor>;
 
   static constexpr const char* name = "scse";
@@ -72,18 +71,13 @@ struct Scse {
     return size;
   }
 
-  static Tensor matrix(const Tensor& w, const Tensor& x) { return w.flatten(1).to(x.scalar_type()); }
   static Tensor filter(const Tensor& w, const Tensor& x) { return w.reshape({1, -1, 1, 1}).to(x.scalar_type()); }
-  static MaybeTensor bias(const MaybeTensor& b, const Tensor& x) {
-    return b.has_value() ? MaybeTensor(b->to(x.scalar_type())) : b;
-  }
-  static Tensor plane(const Tensor& t) { return t.unsqueeze(-1).unsqueeze(-1); }
 
   // The logits of the pixels' gates. torch's convolution refuses maps without pixels.
   static Tensor dot(const Tensor& x, const Tensor& w, const MaybeTensor& b) {
-    if (x.sym_size(2) * x.sym_size(3) != 0) return at::conv2d(x, filter(w, x), bias(b, x));
+    if (x.sym_size(2) * x.sym_size(3) != 0) return at::conv2d(x, filter(w, x), layer_bias(b, x));
     const Tensor z = (x * filter(w, x)).sum(1, true);
-    return b.has_value() ? z + bias(b, x)->view({1, 1, 1, 1}) : z;
+    return b.has_value() ? z + layer_bias(b, x)->view({1, 1, 1, 1}) : z;
   }
 
   struct Terms {
@@ -98,9 +92,9 @@ struct Scse {
     t.spatial = x * t.q;
     if (w1.has_value()) {
       t.pooled = x.mean({2, 3});
-      t.hidden = at::linear(t.pooled, matrix(*w1, x), bias(b1, x));
+      t.hidden = at::linear(t.pooled, layer_weight(*w1, x), layer_bias(b1, x));
       t.active = at::relu(t.hidden);
-      t.s = at::sigmoid(at::linear(t.active, matrix(*w2, x), bias(b2, x)));
+      t.s = at::sigmoid(at::linear(t.active, layer_weight(*w2, x), layer_bias(b2, x)));
       t.channel = x * plane(t.s);
     }
     return t;
@@ -138,51 +132,36 @@ struct Scse {
                                     std::string_view mode) {
     const Terms t = terms(x, w1, b1, w2, b2, w, b);
     const auto [by_channel, by_spatial] = split(grad, t, combine_of(w1, mode));
-    const auto like = [](const Tensor& g, const Tensor& parameter) {
-      return g.reshape_symint(parameter.sym_sizes()).to(parameter.scalar_type());
-    };
     const Tensor none = at::empty({0}, x.options());
 
     const Tensor dz = (by_spatial * x).sum(1, true) * t.q * (1 - t.q);
-    const Tensor dw = like((dz * x).sum({0, 2, 3}), w), db = b.has_value() ? like(dz.sum(), *b) : none;
+    const Tensor dw = gradient_like((dz * x).sum({0, 2, 3}), w),
+                 db = b.has_value() ? gradient_like(dz.sum(), *b) : none;
     Tensor dx = by_spatial * t.q + dz * filter(w, x);
     if (!w1.has_value()) return {dx, none, none, none, none, dw, db};
 
     const Tensor dlogit = (by_channel * x).sum({2, 3}) * t.s * (1 - t.s);
-    const Tensor dhidden = at::threshold_backward(at::matmul(dlogit, matrix(*w2, x)), t.hidden, 0);
-    const Tensor dpooled = at::matmul(dhidden, matrix(*w1, x));
+    const Tensor dhidden = at::threshold_backward(at::matmul(dlogit, layer_weight(*w2, x)), t.hidden, 0);
+    const Tensor dpooled = at::matmul(dhidden, layer_weight(*w1, x));
     dx = by_channel * plane(t.s) + dx + plane(dpooled) / at::Scalar(x.sym_size(2) * x.sym_size(3));
     return {dx,
-            like(at::matmul(dhidden.t(), t.pooled), *w1),
-            b1.has_value() ? like(dhidden.sum(0), *b1) : none,
-            like(at::matmul(dlogit.t(), t.active), *w2),
-            b2.has_value() ? like(dlogit.sum(0), *b2) : none,
+            gradient_like(at::matmul(dhidden.t(), t.pooled), *w1),
+            b1.has_value() ? gradient_like(dhidden.sum(0), *b1) : none,
+            gradient_like(at::matmul(dlogit.t(), t.active), *w2),
+            b2.has_value() ? gradient_like(dlogit.sum(0), *b2) : none,
             dw,
             db};
   }
 
   // The parameters as the kernels take them, dense: copies of the rare ones that are not stay alive with this.
   struct Parameters {
-    std::array<MaybeTensor, 6> dense;
-    SqueezeExciteWeights channel;
+    DenseLayers layers;
+    MaybeTensor w, b;
     Parameters(const MaybeTensor& w1, const MaybeTensor& b1, const MaybeTensor& w2, const MaybeTensor& b2,
-               const Tensor& w, const MaybeTensor& b)
-        : dense{w1, b1, w2, b2, w, b} {
-      for (auto& t : dense) {
-        if (t.has_value()) t = t->contiguous();
-      }
-      channel = {dtype_of(w),
-                 w1.has_value() ? w1->size(0) : 0,
-                 data_of(dense[0]),
-                 data_of(dense[1]),
-                 data_of(dense[2]),
-                 data_of(dense[3]),
-                 Activation::relu,
-                 Gate::sigmoid,
-                 false};
+               const Tensor& filter, const MaybeTensor& bias)
+        : layers(dtype_of(filter), w1, b1, w2, b2, Activation::relu, Gate::sigmoid), w(filter.contiguous()), b(bias) {
+      if (b.has_value()) b = b->contiguous();
     }
-    const void* w() const { return data_of(dense[4]); }
-    const void* b() const { return data_of(dense[5]); }
   };
 
   // Of a map of twice the channels.
@@ -202,8 +181,8 @@ struct Scse {
     const Parameters p(w1, b1, w2, b2, w, b);
     const auto format = format_of(x, combine);
     const Walk from(x, format), to(y, format);
-    kernel(ScseArgs{dtype_of(x), x.size(0), x.size(1), x.size(2) * x.size(3), combine, p.channel, p.w(), p.b(),
-                    from.map, to.map, combine == Combine::concat ? second_half(to.map, x) : to.map});
+    kernel(ScseArgs{dtype_of(x), x.size(0), x.size(1), x.size(2) * x.size(3), combine, p.layers.weights, data_of(p.w),
+                    data_of(p.b), from.map, to.map, combine == Combine::concat ? second_half(to.map, x) : to.map});
   }
 
   static void run_backward(const Call& kernel, Grads& grads, const Tensor& grad, const Tensor& x, const MaybeTensor& w1,
@@ -214,9 +193,10 @@ struct Scse {
     const auto format = format_of(x, combine);
     const Walk gradient(grad, format), from(x, format), to(grads[0], format);
     const auto out = [&](size_t i) { return grads[i].numel() ? grads[i].data_ptr() : nullptr; };
-    kernel(ScseBackwardArgs{dtype_of(x), x.size(0), x.size(1), x.size(2) * x.size(3), combine, p.channel, p.w(), p.b(),
-                            gradient.map, combine == Combine::concat ? second_half(gradient.map, x) : gradient.map,
-                            from.map, to.map, out(1), out(2), out(3), out(4), out(5), out(6)});
+    kernel(ScseBackwardArgs{dtype_of(x), x.size(0), x.size(1), x.size(2) * x.size(3), combine, p.layers.weights,
+                            data_of(p.w), data_of(p.b), gradient.map,
+                            combine == Combine::concat ? second_half(gradient.map, x) : gradient.map, from.map, to.map,
+                            out(1), out(2), out(3), out(4), out(5), out(6)});
   }
 };
 

@@ -8,13 +8,11 @@
 #include <ATen/ops/mean.h>
 #include <ATen/ops/sum.h>
 
-#include "gate_formula.h"
-#include "layer_checks.h"
+#include "layer_formula.h"
 
 namespace convblocks {
 
 struct SqueezeExcite {
-  using MaybeTensor = std::optional<Tensor>;
   using Gradients = std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor>;
 
   static constexpr const char* name = "squeeze_excite";
@@ -51,16 +49,6 @@ struct SqueezeExcite {
                       ": expected at least one pixel to take the maximum of, got an input of size ", size_of(x));
   }
 
-  static Activation activation_of(std::string_view text) {
-    return static_cast<Activation>(check_one_of(name, "activation", text, kActivationNames));
-  }
-  static Gate gate_of(std::string_view text) { return static_cast<Gate>(check_one_of(name, "gate", text, kGateNames)); }
-
-  static Tensor matrix(const Tensor& w, const Tensor& x) { return w.flatten(1).to(x.scalar_type()); }
-  static MaybeTensor bias(const MaybeTensor& b, const Tensor& x) {
-    return b.has_value() ? MaybeTensor(b->to(x.scalar_type())) : b;
-  }
-
   struct Terms {
     Tensor max, pooled, hidden, active, logit, gate;  // max and hidden only where there are such
   };
@@ -74,11 +62,11 @@ struct SqueezeExcite {
     }
     s.active = s.pooled;
     if (w1.has_value()) {
-      s.hidden = at::linear(s.pooled, matrix(*w1, x), bias(b1, x));
-      s.active = activate(s.hidden, activation_of(activation));
+      s.hidden = at::linear(s.pooled, layer_weight(*w1, x), layer_bias(b1, x));
+      s.active = activate(s.hidden, activation_of(name, activation));
     }
-    s.logit = at::linear(s.active, matrix(w2, x), bias(b2, x));
-    s.gate = apply_gate(s.logit, gate_of(gate));
+    s.logit = at::linear(s.active, layer_weight(w2, x), layer_bias(b2, x));
+    s.gate = apply_gate(s.logit, gate_of(name, gate));
     return s;
   }
 
@@ -91,21 +79,17 @@ struct SqueezeExcite {
                                     const Tensor& w2, const MaybeTensor& b2, std::string_view activation,
                                     std::string_view gate, bool add_maxpool) {
     const Terms s = terms(x, w1, b1, w2, b2, activation, gate, add_maxpool);
-    const auto plane = [](const Tensor& t) { return t.unsqueeze(-1).unsqueeze(-1); };
-    const auto like = [](const Tensor& g, const Tensor& w) {
-      return g.reshape_symint(w.sym_sizes()).to(w.scalar_type());
-    };
     const Tensor none = at::empty({0}, x.options());
 
-    const Tensor dlogit = apply_gate_backward((grad * x).sum({2, 3}), s.logit, s.gate, gate_of(gate));
-    const Tensor dw2 = like(at::matmul(dlogit.t(), s.active), w2);
-    const Tensor db2 = b2.has_value() ? like(dlogit.sum(0), *b2) : none;
-    Tensor dpooled = at::matmul(dlogit, matrix(w2, x)), dw1 = none, db1 = none;
+    const Tensor dlogit = apply_gate_backward((grad * x).sum({2, 3}), s.logit, s.gate, gate_of(name, gate));
+    const Tensor dw2 = gradient_like(at::matmul(dlogit.t(), s.active), w2);
+    const Tensor db2 = b2.has_value() ? gradient_like(dlogit.sum(0), *b2) : none;
+    Tensor dpooled = at::matmul(dlogit, layer_weight(w2, x)), dw1 = none, db1 = none;
     if (w1.has_value()) {
-      const Tensor dhidden = activate_backward(dpooled, s.hidden, activation_of(activation));
-      dw1 = like(at::matmul(dhidden.t(), s.pooled), *w1);
-      if (b1.has_value()) db1 = like(dhidden.sum(0), *b1);
-      dpooled = at::matmul(dhidden, matrix(*w1, x));
+      const Tensor dhidden = activate_backward(dpooled, s.hidden, activation_of(name, activation));
+      dw1 = gradient_like(at::matmul(dhidden.t(), s.pooled), *w1);
+      if (b1.has_value()) db1 = gradient_like(dhidden.sum(0), *b1);
+      dpooled = at::matmul(dhidden, layer_weight(*w1, x));
     }
     Tensor dx = grad * plane(s.gate);
     Tensor share = plane(dpooled) / at::Scalar(x.sym_size(2) * x.sym_size(3));
@@ -116,37 +100,24 @@ struct SqueezeExcite {
     return {dx + share, dw1, db1, dw2, db2};
   }
 
-  // The weights as the kernels take them; `dense` keeps copies of the rare ones that are not contiguous alive.
-  static SqueezeExciteWeights weights(const MaybeTensor& w1, const MaybeTensor& b1, const Tensor& w2,
-                                      const MaybeTensor& b2, std::string_view activation, std::string_view gate,
-                                      bool add_maxpool, std::array<MaybeTensor, 4>& dense) {
-    dense = {w1, b1, w2, b2};
-    for (auto& t : dense) {
-      if (t.has_value()) t = t->contiguous();
-    }
-    return {
-        dtype_of(w2),      w1.has_value() ? w1->size(0) : 0, data_of(dense[0]), data_of(dense[1]), data_of(dense[2]),
-        data_of(dense[3]), activation_of(activation),        gate_of(gate),     add_maxpool};
-  }
-
   static void run(const Call& kernel, const Tensor& y, const Tensor& x, const MaybeTensor& w1, const MaybeTensor& b1,
                   const Tensor& w2, const MaybeTensor& b2, std::string_view activation, std::string_view gate,
                   bool add_maxpool) {
-    std::array<MaybeTensor, 4> dense;
-    const auto w = weights(w1, b1, w2, b2, activation, gate, add_maxpool, dense);
+    const DenseLayers layers(dtype_of(w2), w1, b1, w2, b2, activation_of(name, activation), gate_of(name, gate),
+                             add_maxpool);
     const auto format = walk_format(x);
-    kernel(SqueezeExciteArgs{dtype_of(x), x.size(0), x.size(1), x.size(2) * x.size(3), w, Walk(x, format).map,
-                             Walk(y, format).map});
+    kernel(SqueezeExciteArgs{dtype_of(x), x.size(0), x.size(1), x.size(2) * x.size(3), layers.weights,
+                             Walk(x, format).map, Walk(y, format).map});
   }
 
   static void run_backward(const Call& kernel, Grads& grads, const Tensor& grad, const Tensor& x, const MaybeTensor& w1,
                            const MaybeTensor& b1, const Tensor& w2, const MaybeTensor& b2, std::string_view activation,
                            std::string_view gate, bool add_maxpool) {
-    std::array<MaybeTensor, 4> dense;
-    const auto w = weights(w1, b1, w2, b2, activation, gate, add_maxpool, dense);
+    const DenseLayers layers(dtype_of(w2), w1, b1, w2, b2, activation_of(name, activation), gate_of(name, gate),
+                             add_maxpool);
     const auto format = walk_format(x);
     const auto out = [&](size_t i) { return grads[i].numel() ? grads[i].data_ptr() : nullptr; };
-    kernel(SqueezeExciteBackwardArgs{dtype_of(x), x.size(0), x.size(1), x.size(2) * x.size(3), w,
+    kernel(SqueezeExciteBackwardArgs{dtype_of(x), x.size(0), x.size(1), x.size(2) * x.size(3), layers.weights,
                                      Walk(grad, format).map, Walk(x, format).map, Walk(grads[0], format).map, out(1),
                                      out(2), out(3), out(4)});
   }

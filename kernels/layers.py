@@ -30,7 +30,9 @@ class Layers:
     before their activation, or the squeezed planes where that is None; of ``ways`` times as many samples as the map
     has."""
 
-    def __init__(self, maps: Maps, sums: Tensor, splits: int, add_max: bool = False, ways: int = 1) -> None:
+    def __init__(
+        self, maps: Maps, sums: Tensor | None = None, splits: int = 1, add_max: bool = False, ways: int = 1
+    ) -> None:
         self.maps, self.sums, self.splits, self.add_max, self.n = maps, sums, splits, add_max, ways * maps.n
 
     def layer(

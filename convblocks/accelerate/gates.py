@@ -11,6 +11,7 @@ from torch import nn
 from convblocks.accelerate.rule import Refused, Rule, child
 from convblocks.blocks import cbam as cbam_block
 from convblocks.blocks import eca as eca_block
+from convblocks.blocks import global_context as global_context_block
 from convblocks.blocks import scse as scse_block
 from convblocks.blocks import squeeze_excite as squeeze_excite_block
 from convblocks.blocks.arguments import function_of, qualified_name
@@ -111,6 +112,55 @@ def eca(name: str, source: str, gate: str, padding_mode: str) -> Rule:
         check=check,
         options={"gate_name": partial(_function, gate, GATES)},
         constants={"padding_mode": padding_mode},
+    )
+
+
+def _transform_activation(module: Any) -> str:
+    found = {_function("act", ACTIVATIONS, t) for t in _transforms(module).values()}
+    if len(found) != 1:
+        raise Refused(f"its transforms have different activations: {', '.join(sorted(found))}")
+    return found.pop()
+
+
+def _transforms(module: Any) -> dict[str, Any]:
+    return {name: t for name in ("mlp_scale", "mlp_add") if (t := module._modules.get(name)) is not None}
+
+
+def global_context(name: str, source: str) -> Rule:
+    def check(module: Any) -> None:
+        transforms = _transforms(module)
+        if not transforms:
+            raise Refused("it has no transform")
+        if module._modules.get("conv_attn") is not None:
+            _pointwise(module, "conv_attn")
+        eps = set()
+        for label, transform in transforms.items():
+            if qualified_name(type(transform)) != "timm.layers.mlp.ConvMlp":
+                raise Refused(f"{label} is a {qualified_name(type(transform))}, not a timm ConvMlp")
+            for layer in ("fc1", "fc2"):
+                _pointwise(transform, layer)
+                if transform._modules[layer].bias is None:
+                    raise Refused(f"{label}.{layer} has no bias")
+            norm, drop = transform._modules["norm"], transform._modules["drop"]
+            kind: Any = type(norm)
+            if not global_context_block.is_norm(kind) or norm.weight is None or norm.bias is None:
+                raise Refused(f"{label}.norm is {norm}, not a LayerNorm2d with weight and bias")
+            if getattr(norm, "_fast_norm", False):
+                raise Refused(f"{label}.norm is a fast one, which rounds elsewhere")
+            if type(drop) is not nn.Dropout or drop.p != 0:
+                raise Refused(f"{label}.drop is {drop}")
+            eps.add(norm.eps)
+        if len(eps) > 1:
+            raise Refused("its norms have different eps")
+
+    return Rule(
+        name,
+        source,
+        "global_context",
+        global_context_block.fused_forward,
+        channels=lambda module: next(iter(_transforms(module).values())).fc1.in_channels,
+        check=check,
+        options={"activation_name": _transform_activation, "gate_name": partial(_function, "gate", GATES)},
     )
 
 

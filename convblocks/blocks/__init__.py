@@ -14,6 +14,7 @@ from convblocks.blocks.eca import ECA
 from convblocks.blocks.fasternet import FasterNetBlock
 from convblocks.blocks.fire import Fire
 from convblocks.blocks.ghost import GhostBottleneck, GhostModule
+from convblocks.blocks.global_context import GlobalContext
 from convblocks.blocks.inception import (
     InceptionBranches,
     InceptionV1Module,
@@ -74,6 +75,7 @@ __all__ = [
     "FusedMBConv",
     "GhostBottleneck",
     "GhostModule",
+    "GlobalContext",
     "InceptionBranches",
     "InceptionReductionA",
     "InceptionResNetA",

@@ -103,6 +103,30 @@ def separable(depthwise: str, bn1: str, pointwise: str, bn2: str) -> Step:
     return step
 
 
+def global_context() -> Step:
+    """A step that makes global context's layers of those of the official ContextBlock, which mmcv has, too."""
+    layers = {"0": "fc1", "1": "norm", "3": "fc2"}
+    names = {"channel_add_conv": "mlp_add", "channel_mul_conv": "mlp_scale"}
+    pattern = re.compile(r"(.*\.)?(channel_add_conv|channel_mul_conv)\.([013])\.(weight|bias)")
+    mask = re.compile(r"(.*\.)?conv_mask\.(weight|bias)")
+
+    def step(sd: StateDict) -> StateDict:
+        converted = {}
+        for key, value in sd.items():
+            found, attention = pattern.fullmatch(key), mask.fullmatch(key)
+            if found:
+                prefix, transform, layer, name = found.groups(default="")
+                key = f"{prefix}{names[transform]}.{layers[layer]}.{name}"
+                if layer == "1" and isinstance(value, Tensor):
+                    value = value.flatten()
+            elif attention:
+                key = "{}conv_attn.{}".format(*attention.groups(default=""))
+            converted[key] = value
+        return converted
+
+    return step
+
+
 def spatial_attention(old: str, maxima_first: bool) -> Step:
     """A step that makes CBAM's ``spatial.conv`` and ``spatial.bn`` of layers under another name. Our convolution sees
     the means first."""
@@ -170,6 +194,7 @@ LAYOUTS = (
             bottleneck("fc1", "fc2", r"(.*\.)?cSE\."),
             bottleneck("Conv_Squeeze", "Conv_Excitation", r"(.*\.)?cSE\."),
             rename(r"(.*\.)eca\.(conv\..+)", r"\1se.\2"),
+            global_context(),
             separable("conv", "bn1", "pointwise", "bn2"),
             separable("depthwise_conv", "bn1", "pointwise_conv", "bn2"),
             separable("depth_conv.0", "depth_conv.1", "point_conv.0", "point_conv.1"),
@@ -238,10 +263,10 @@ def convert_state_dict(sd: Mapping[str, Any], source: str | None = None, model: 
 
     Known layouts, of a block or of a whole network: "timm" (EfficientNet's ``conv_reduce`` / ``conv_expand``,
     ``se_module``, HGNet's one-layer ``att.conv``), "torchvision", "official" (the linear layers ``fc.0`` / ``fc.2``
-    of senet.pytorch and External-Attention, those of the authors of scSE and CBAM, ECANet's ``eca``), "pytorchcv"
-    (``conv1`` / ``conv2``), "efficientnet_pytorch" (``_se_reduce`` / ``_se_expand``), "segmentation_models_pytorch"
-    (the numbered layers of its scSE), "convblocks"; of most also the names of a depthwise-separable convolution's
-    layers. The prefixes of DataParallel and torch.compile are dropped.
+    of senet.pytorch and External-Attention, those of the authors of scSE and CBAM, ECANet's ``eca``, the ContextBlock
+    of GCNet and mmcv), "pytorchcv" (``conv1`` / ``conv2``), "efficientnet_pytorch" (``_se_reduce`` / ``_se_expand``),
+    "segmentation_models_pytorch" (the numbered layers of its scSE), "convblocks"; of most also the names of a
+    depthwise-separable convolution's layers. The prefixes of DataParallel and torch.compile are dropped.
 
     Args:
         sd: a state dict; it stays as it is. The result shares its tensors.

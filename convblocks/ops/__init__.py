@@ -7,6 +7,7 @@ from convblocks.ops.channel_shuffle import channel_shuffle
 from convblocks.ops.concat_shuffle import concat_shuffle
 from convblocks.ops.depthwise_conv2d import depthwise_conv2d
 from convblocks.ops.eca import eca
+from convblocks.ops.global_context import global_context
 from convblocks.ops.partial_conv2d import partial_conv2d
 from convblocks.ops.scale_shift_act import scale_shift_act
 from convblocks.ops.scse import scse
@@ -22,6 +23,7 @@ __all__ = [
     "concat_shuffle",
     "depthwise_conv2d",
     "eca",
+    "global_context",
     "partial_conv2d",
     "scale_shift_act",
     "scse",

@@ -88,10 +88,10 @@ def matrix(op: str, name: str, w: Tensor, rows: int, columns: int) -> None:
     size(op, name, w, _is_matrix(w, rows, columns), f"[{rows}, {columns}] or [{rows}, {columns}, 1, 1]")
 
 
-def hidden_size(op: str, w1: Tensor, columns: int) -> int:
+def hidden_size(op: str, w1: Tensor, columns: int, name: str = "w1") -> int:
     """How many outputs a first layer has."""
     ok = w1.dim() > 0 and w1.shape[0] > 0 and _is_matrix(w1, None, columns)
-    size(op, "w1", w1, ok, f"[R, {columns}] or [R, {columns}, 1, 1]")
+    size(op, name, w1, ok, f"[R, {columns}] or [R, {columns}, 1, 1]")
     return w1.shape[0]
 
 

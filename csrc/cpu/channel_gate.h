@@ -14,19 +14,18 @@ void channel_sums(const Team& team, const Map& x, const Map& grad, int64_t sampl
   using A = Acc<T>;
   constexpr int K = kDot ? 2 : 1;
   const auto both = [](Vec<A> v, Vec<A> g) {
-    if constexpr (kDot) return Vecs<A, K>{v, g * v};
-    else return Vecs<A, K>{v};
+    if constexpr (kDot)
+      return Vecs<A, K>{v, g * v};
+    else
+      return Vecs<A, K>{v};
   };
   const T *values = row<T>(x, sample, 0), *grads = kDot ? row<T>(grad, sample, 0) : values;
   if (x.pixel == 1) {
     team.split(c, K * hw, [=](int64_t begin, int64_t end) {
-      for (int64_t i = begin; i < end; i++) {
-        const T *v = values + i * x.channel, *g = kDot ? grads + i * grad.channel : v;
-        const auto sums = reduce_plane<T, K>(hw, [=](int64_t p, auto lanes) CONVBLOCKS_LOOP {
-          return both(load(v + p, lanes), load(g + p, lanes));
-        });
-        for (int k = 0; k < K; k++) out[k * c + i] = sums[k];
-      }
+      reduce_planes<T, K>(begin, end, hw, out, c, [=](int64_t i, int64_t p, auto lanes) CONVBLOCKS_LOOP {
+        return both(load(values + i * x.channel + p, lanes),
+                    kDot ? load(grads + i * grad.channel + p, lanes) : Vec<A>{});
+      });
     });
   } else {
     const int64_t stride = kDot ? grad.pixel : x.pixel;
@@ -82,8 +81,10 @@ void finish_squeeze(A* pooled, const A* max, int64_t c, int64_t hw) {
 }
 
 // How many samples are squeezed before the first of them is scaled: those that the cache holds. They share the loads of
-// the gate's weights.
-inline int64_t group_size(int64_t bytes) { return std::clamp<int64_t>((1 << 20) / std::max<int64_t>(bytes, 1), 1, 8); }
+// the gate's weights; more of them do where the weights have about as many bytes as a sample.
+inline int64_t group_size(int64_t bytes, int64_t weights = 0) {
+  return std::clamp<int64_t>(std::max<int64_t>(1 << 20, 8 * weights) / std::max<int64_t>(bytes, 1), 1, 8);
+}
 
 // gate(sample, count, pooled, gates, stride) computes the c gates of `count` samples, whose vectors lie `stride` apart.
 template <class T, class F>
@@ -115,19 +116,21 @@ void channel_gate(const Context& context, int64_t n, int64_t c, int64_t hw, cons
       team.split(hw, c, [=](int64_t begin, int64_t end) {
         for (int64_t p = begin; p < end; p++) {
           const T* from = row<T>(x, sample, 0, p);
-          write_row<T>(row<T>(y, sample, 0, p), c, far,
-                       [=](int64_t i, auto lanes) CONVBLOCKS_LOOP { return load(from + i, lanes) * load(gates + i, lanes); });
+          write_row<T>(row<T>(y, sample, 0, p), c, far, [=](int64_t i, auto lanes) CONVBLOCKS_LOOP {
+            return load(from + i, lanes) * load(gates + i, lanes);
+          });
         }
         finish_stores();
       });
     }
   };
-  for_each_group(context, n, group_size(c * hw * sizeof(T)), c * hw, [&](int64_t first, int64_t count, const Team& team) {
-    for (int64_t i = first; i < first + count; i++) squeeze(i, team);
-    A* pooled = workspace + first * size;
-    gate(first, count, pooled, pooled + c, size);
-    for (int64_t i = first; i < first + count; i++) scale(i, team);
-  });
+  for_each_group(context, n, group_size(c * hw * sizeof(T)), c * hw,
+                 [&](int64_t first, int64_t count, const Team& team) {
+                   for (int64_t i = first; i < first + count; i++) squeeze(i, team);
+                   A* pooled = workspace + first * size;
+                   gate(first, count, pooled, pooled + c, size);
+                   for (int64_t i = first; i < first + count; i++) scale(i, team);
+                 });
 }
 
 // gate_backward(sample, count, pooled, grad_gates, gates, grad_pooled, stride) computes the gates again, and from their

@@ -113,6 +113,47 @@ CONVBLOCKS_LOOP inline std::array<Acc<T>, K> reduce_plane(int64_t n, F f) {
   return result;
 }
 
+// The same for G planes together: the K sums of f(plane, i, lanes) into out[k * stride + plane]. What the sums of a vector's
+// lanes cost is shared, which is most of the work on short planes.
+template <class T, int K, int G, class F>
+CONVBLOCKS_LOOP inline void reduce_together(int64_t n, Acc<T>* out, int64_t stride, F f) {
+  using A = Acc<T>;
+  Vecs<A, K> acc[G]{};
+  for_lanes<T>(n, [&, f](int64_t i, auto lanes) CONVBLOCKS_LOOP {
+#pragma GCC unroll 16
+    for (int g = 0; g < G; g++) {
+      const Vecs<A, K> v = f(g, i, lanes);
+      for (int k = 0; k < K; k++) acc[g][k] += v[k];
+    }
+  });
+  for (int k = 0; k < K; k++) {
+    Vec<A> sums[kLanes<A>]{};
+    for (int g = 0; g < G; g++) sums[g] = acc[g][k];
+    store(out + k * stride, sum_each(sums), G);
+  }
+}
+
+// And for the planes in [begin, end), of n pixels each; how a plane is summed depends on n only.
+template <class T, int K, class F>
+CONVBLOCKS_LOOP inline void reduce_planes(int64_t begin, int64_t end, int64_t n, Acc<T>* out, int64_t stride, F f) {
+  constexpr int64_t kShort = 1024;
+  constexpr int G = std::max(1, kLanes<T> / 2);
+  int64_t first = begin;
+  const auto together = [=]<int N>(int64_t at, std::integral_constant<int, N>) CONVBLOCKS_LOOP {
+    reduce_together<T, K, N>(n, out + at, stride,
+                             [=](int g, int64_t i, auto lanes) CONVBLOCKS_LOOP { return f(at + g, i, lanes); });
+  };
+  if (n <= kShort) {
+    for (; first + G <= end; first += G) together(first, std::integral_constant<int, G>{});
+    for (; first < end; first++) together(first, std::integral_constant<int, 1>{});
+  }
+  for (; first < end; first++) {
+    const auto sums =
+        reduce_plane<T, K>(n, [=, plane = first](int64_t i, auto lanes) CONVBLOCKS_LOOP { return f(plane, i, lanes); });
+    for (int k = 0; k < K; k++) out[k * stride + first] = sums[k];
+  }
+}
+
 // channels_last: the K sums of f(pixel, channel, lanes) -> Vecs<A, K> over the pixels, for each of c channels, into
 // out[k * c + channel]. `partial` is workspace of row_sums_size elements.
 inline constexpr int64_t kPixelChunk = 128;
@@ -122,31 +163,37 @@ inline int64_t row_sums_size(int64_t pixels, int64_t c) {
   return pixel_chunks(pixels) * K * c;
 }
 
+// Those over the pixels in [begin, end) into `sums`.
+template <class T, int K, class F>
+CONVBLOCKS_LOOP inline void sum_rows_of(int64_t begin, int64_t end, int64_t c, Acc<T>* sums, F f) {
+  using A = Acc<T>;
+  constexpr int kStep = 4;
+  std::fill_n(sums, K * c, A(0));
+  const auto rows = [=]<int S>(int64_t p, std::integral_constant<int, S>) CONVBLOCKS_LOOP {
+    for_lanes<T>(c, [=](int64_t i, auto lanes) CONVBLOCKS_LOOP {
+      Vecs<A, K> acc = f(p, i, lanes);
+#pragma GCC unroll 4
+      for (int s = 1; s < S; s++) {
+        const Vecs<A, K> v = f(p + s, i, lanes);
+        for (int k = 0; k < K; k++) acc[k] += v[k];
+      }
+      for (int k = 0; k < K; k++) store(sums + k * c + i, load(sums + k * c + i, lanes) + acc[k], lanes);
+    });
+  };
+  int64_t p = begin;
+  for (; p + kStep <= end; p += kStep) rows(p, std::integral_constant<int, kStep>{});
+  for (; p < end; p++) rows(p, std::integral_constant<int, 1>{});
+}
+
 template <class T, int K, class F>
 CONVBLOCKS_LOOP inline void reduce_rows(const Team& team, int64_t pixels, int64_t c, Acc<T>* partial, Acc<T>* out,
                                         F f) {
   using A = Acc<T>;
-  constexpr int kStep = 4;
   const int64_t chunks = pixel_chunks(pixels);
   team.split(chunks, kPixelChunk * c, [=](int64_t first, int64_t last) {
     for (int64_t chunk = first; chunk < last; chunk++) {
-      A* sums = partial + chunk * K * c;
-      std::fill_n(sums, K * c, A(0));
       const int64_t end = std::min(pixels, (chunk + 1) * kPixelChunk);
-      int64_t p = chunk * kPixelChunk;
-      const auto rows = [=]<int S>(int64_t p, std::integral_constant<int, S>) CONVBLOCKS_LOOP {
-        for_lanes<T>(c, [=](int64_t i, auto lanes) CONVBLOCKS_LOOP {
-          Vecs<A, K> acc = f(p, i, lanes);
-#pragma GCC unroll 4
-          for (int s = 1; s < S; s++) {
-            const Vecs<A, K> v = f(p + s, i, lanes);
-            for (int k = 0; k < K; k++) acc[k] += v[k];
-          }
-          for (int k = 0; k < K; k++) store(sums + k * c + i, load(sums + k * c + i, lanes) + acc[k], lanes);
-        });
-      };
-      for (; p + kStep <= end; p += kStep) rows(p, std::integral_constant<int, kStep>{});
-      for (; p < end; p++) rows(p, std::integral_constant<int, 1>{});
+      sum_rows_of<T, K>(chunk * kPixelChunk, end, c, partial + chunk * K * c, f);
     }
   });
   for_lanes<A>(K * c, [=](int64_t i, auto lanes) {

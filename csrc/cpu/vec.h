@@ -8,6 +8,7 @@
 #include <cstdint>
 #include <cstring>
 #include <type_traits>
+#include <utility>
 #if defined(__x86_64__)
 #include <immintrin.h>
 #endif
@@ -180,6 +181,29 @@ inline double sum_lanes(VecD v) {
   double s = 0;
   for (int i = 0; i < kBytes / 8; i++) s += v[i];
   return s;
+}
+
+// Half of the lanes of the sums of a's pairs of lanes, kBit apart, and of b's.
+template <int kBit, class V, int... I>
+inline V sum_pairs(V a, V b, std::integer_sequence<int, I...>) {
+  constexpr int L = sizeof...(I);
+  return __builtin_shufflevector(a, b, (I & kBit ? I + L : I)...) +
+         __builtin_shufflevector(a, b, (I & kBit ? I - kBit + L : I + kBit)...);
+}
+
+// Of as many vectors as one has lanes the sums of their lanes: the lane l of the result is that of v[l].
+template <int kBit = 1, class V>
+inline V sum_each(V* v) {
+  constexpr int L = kBytes / sizeof(Lane<V>);
+  if constexpr (kBit == L) {
+    return v[0];
+  } else {
+#pragma GCC unroll 16
+    for (int i = 0; i < L / kBit; i += 2) {
+      v[i / 2] = sum_pairs<kBit>(v[i], v[i + 1], std::make_integer_sequence<int, L>{});
+    }
+    return sum_each<2 * kBit>(v);
+  }
 }
 
 template <class V>

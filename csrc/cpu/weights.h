@@ -34,20 +34,52 @@ void by_groups(int64_t count, F f) {
   for (; i < count; i++) f(i, std::integral_constant<int, 1>{});
 }
 
+// The sums over the columns of R rows of w times each of G vectors, into out[row][vector].
+template <int R, int G, class A>
+void products(int64_t cols, const A* w, const A* in, int64_t in_stride, A* out) {
+  constexpr int L = kLanes<A>;
+  constexpr int64_t kBlock = 64 * L;
+  Vec<A> total[std::max(L, R * G)]{};
+  for (int64_t first = 0; first < cols; first += kBlock) {  // sums of many terms from sums of few
+    Vec<A> acc[R * G]{};
+    for_lanes<A>(std::min(kBlock, cols - first),
+                 [&, w = w + first, in = in + first](int64_t j, auto lanes) CONVBLOCKS_LOOP {
+                   Vec<A> v[G];
+#pragma GCC unroll 4
+                   for (int g = 0; g < G; g++) v[g] = load(in + g * in_stride + j, lanes);
+#pragma GCC unroll 16
+                   for (int r = 0; r < R; r++) {
+                     const Vec<A> weight = load(w + r * cols + j, lanes);
+#pragma GCC unroll 4
+                     for (int g = 0; g < G; g++) acc[r * G + g] += weight * v[g];
+                   }
+                 });
+    for (int i = 0; i < R * G; i++) total[i] += acc[i];
+  }
+  if constexpr (R * G <= L) {
+    const Vec<A> sums = sum_each(total);
+    for (int i = 0; i < R * G; i++) out[i] = sums[i];
+  } else {
+    for (int i = 0; i < R * G; i++) out[i] = sum_lanes(total[i]);
+  }
+}
+
 // out_s = w in_s + b for each of `count` samples s, whose vectors lie `in_stride` and `out_stride` apart; w is (rows, cols).
 template <class A>
 void linear(int64_t count, int64_t rows, int64_t cols, const A* w, const A* b, const A* in, int64_t in_stride, A* out,
             int64_t out_stride) {
   by_groups(count, [&]<int G>(int64_t first, std::integral_constant<int, G>) {
-    for (int64_t i = 0; i < rows; i++) {
-      const auto sums = reduce_plane<A, G>(cols, [=](int64_t j, auto lanes) CONVBLOCKS_LOOP {
-        const Vec<A> weight = load(w + i * cols + j, lanes);
-        Vecs<A, G> v;
-        for (int g = 0; g < G; g++) v[g] = weight * load(in + (first + g) * in_stride + j, lanes);
-        return v;
-      });
-      for (int g = 0; g < G; g++) out[(first + g) * out_stride + i] = sums[g] + (b ? b[i] : A(0));
-    }
+    const auto put = [&]<int R>(int64_t i, std::integral_constant<int, R>) {
+      A sums[R * G];
+      products<R, G>(cols, w + i * cols, in + first * in_stride, in_stride, sums);
+      for (int r = 0; r < R; r++) {
+        for (int g = 0; g < G; g++) out[(first + g) * out_stride + i + r] = sums[r * G + g] + (b ? b[i + r] : A(0));
+      }
+    };
+    constexpr int R = std::clamp(kLanes<A> / G, 1, 8);
+    int64_t i = 0;
+    for (; i + R <= rows; i += R) put(i, std::integral_constant<int, R>{});
+    for (; i < rows; i++) put(i, std::integral_constant<int, 1>{});
   });
 }
 

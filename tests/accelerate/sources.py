@@ -15,7 +15,14 @@ from torch import Tensor, nn
 timm = pytest.importorskip("timm")
 torchvision = pytest.importorskip("torchvision")
 
-from timm.layers import CecaModule, Conv2dSame, EcaModule, EffectiveSEModule, SEModule  # noqa: E402
+from timm.layers import (  # noqa: E402
+    CecaModule,
+    Conv2dSame,
+    EcaModule,
+    EffectiveSEModule,
+    GlobalContext,
+    SEModule,
+)
 from timm.layers.cbam import CbamModule, LightCbamModule  # noqa: E402
 from timm.models._efficientnet_blocks import SqueezeExcite  # noqa: E402
 from timm.models.fasternet import Partial_conv3  # noqa: E402
@@ -93,6 +100,7 @@ SOURCES: dict[str, Callable[[], nn.Module]] = {
     "eca-k7": partial(EcaModule, kernel_size=7, gate_layer="hard_sigmoid"),
     "eca-k1": partial(EcaModule, kernel_size=1),
     "ceca": partial(CecaModule, kernel_size=5),
+    "gc-mean": partial(GlobalContext, CHANNELS, use_attn=False, fuse_add=True, rd_channels=5),
     "ceca-bias": partial(CecaModule, CHANNELS, act_layer=nn.ReLU),
     "cbam": partial(CbamModule, CHANNELS, rd_ratio=1 / 4),
     "cbam-hard": partial(CbamModule, CHANNELS, spatial_kernel_size=3, gate_layer="hard_sigmoid", mlp_bias=True),

@@ -20,6 +20,7 @@ from tests.accelerate.sources import (
     CecaModule,
     EcaModule,
     EffectiveSEModule,
+    GlobalContext,
     SEModule,
     SqueezeExcitation,
     complaint,
@@ -56,6 +57,8 @@ _pair("eca", convblocks.ECA, EcaModule, CHANNELS)
 _pair("eca-none", convblocks.ECA, EcaModule)
 _pair("eca-512", convblocks.ECA, EcaModule, 512, gamma=1, beta=2)
 _pair("eca-k7", convblocks.ECA, EcaModule, kernel_size=7, gate_layer="hard_sigmoid")
+_pair("gc", convblocks.GlobalContext, GlobalContext, CHANNELS, use_attn=False, act_layer=nn.SiLU)
+_pair("gc-both", convblocks.GlobalContext, GlobalContext, CHANNELS, fuse_add=True, use_attn=False, rd_ratio=0.25)
 PAIRS["ceca"] = partial(convblocks.ECA, CHANNELS, padding_mode="circular"), partial(CecaModule, CHANNELS)
 PAIRS["ceca-bias"] = (
     partial(convblocks.ECA, kernel_size=5, padding_mode="circular", bias=True),
@@ -120,6 +123,7 @@ ALL = {
     "SqueezeExcite": convblocks.SqueezeExcite,
     "EffectiveSqueezeExcite": convblocks.EffectiveSqueezeExcite,
     "ECA": convblocks.ECA,
+    "GlobalContext": convblocks.GlobalContext,
     "SimAM": convblocks.SimAM,
 }
 each_block = pytest.mark.parametrize("block", ALL.values(), ids=ALL.keys())
@@ -234,6 +238,22 @@ def test_names_of_activations(layer: Any, name: str) -> None:
         (partial(ALL["ECA"], kernel_size=4), ValueError, "ECA: expected an odd kernel_size, got 4"),
         (partial(ALL["ECA"], padding_mode="same"), ValueError, "expected padding_mode to be one of zeros, circular"),
         (partial(ALL["ECA"], 8, use_mlp=True), TypeError, "ECA: got an unexpected keyword use_mlp"),
+        (
+            partial(ALL["GlobalContext"], 8, fuse_scale=False),
+            ValueError,
+            "expected fuse_add or fuse_scale, got neither",
+        ),
+        (partial(convblocks.GlobalContext.official, 8, 1 / 16), ValueError, r"inplanes \* ratio to be a positive .* 0"),
+        (
+            partial(convblocks.GlobalContext.official, 8, 0.5, "max"),
+            ValueError,
+            "pooling_type to be one of att, avg, got max",
+        ),
+        (
+            partial(convblocks.GlobalContext.official, 8, 0.5, "att", ("add",)),
+            ValueError,
+            "fusion_types to be one of channel_add, channel_mul, got add",
+        ),
         (partial(ALL["SimAM"], e_lambda=0), ValueError, "SimAM: expected e_lambda > 0, got 0"),
         (partial(convblocks.ChannelShuffle, 0), ValueError, "ChannelShuffle: expected groups"),
         (partial(ALL["SimAM"], lambda_=1), TypeError, "SimAM: got an unexpected keyword lambda_"),
@@ -270,7 +290,7 @@ def test_factory_keywords(block: Any, factory: dict[str, Any]) -> None:
     assert {p.dtype for p in module.parameters()} <= {factory.get("dtype", torch.float32)}
 
 
-LAYERS = {"SqueezeExcite": "fc2", "EffectiveSqueezeExcite": "fc", "ECA": "conv"}
+LAYERS = {"SqueezeExcite": "fc2", "EffectiveSqueezeExcite": "fc", "ECA": "conv", "GlobalContext": "mlp_scale.fc2"}
 
 
 @pytest.mark.parametrize(("name", "layer"), LAYERS.items())

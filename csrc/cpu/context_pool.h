@@ -1,0 +1,311 @@
+// The passes of global context over the maps of a sample. Pixels are taken in chunks: the logits of a chunk are made
+// from all its channels, and while it is in the cache its pixels are summed by the exponentials of these. What the
+// chunks leave (maximum, sum of exponentials, weighted sums of the channels) is put together afterwards, in order.
+#pragma once
+#include "channel_gate.h"
+#include "lanes.h"
+
+namespace convblocks::cpu {
+
+// Calls f(first, std::integral_constant<int, S>) for as many pixels as a vector has lanes, and then for fewer.
+template <int L, class F>
+CONVBLOCKS_LOOP inline void by_rows(int64_t pixels, F f) {
+  int64_t p = 0;
+  for (; p + L <= pixels; p += L) f(p, std::integral_constant<int, L>{});
+  if constexpr (L > 4) {
+    for (; p + 4 <= pixels; p += 4) f(p, std::integral_constant<int, 4>{});
+  }
+  for (; p < pixels; p++) f(p, std::integral_constant<int, 1>{});
+}
+
+// out[p] = bias + the sum over the channels i of weight[i] * (x[i][p] - center[i]), for `pixels` pixels from x on.
+// Without a center, which is null then, of weight[i] * x[i][p].
+template <bool kCentered, class T>
+void weigh_channels(const T* x, const Map& map, int64_t pixels, int64_t c, const Acc<T>* weight, const Acc<T>* center,
+                    Acc<T> bias, Acc<T>* out) {
+  using A = Acc<T>;
+  constexpr int L = kLanes<T>;
+  if (map.pixel == 1) {
+    std::fill_n(out, pixels, bias);
+    const auto add = [=]<int K>(int64_t i, std::integral_constant<int, K>) CONVBLOCKS_LOOP {
+      for_lanes<T>(pixels, [=, from = x + i * map.channel, w = weight + i](int64_t p, auto lanes) CONVBLOCKS_LOOP {
+        const auto value = [=](int k) CONVBLOCKS_LOOP {
+          const Vec<A> v = load(from + k * map.channel + p, lanes);
+          return kCentered ? v - center[i + k] : v;
+        };
+        Vec<A> sum = value(0) * w[0];
+#pragma GCC unroll 8
+        for (int k = 1; k < K; k++) sum += value(k) * w[k];
+        store(out + p, load(out + p, lanes) + sum, lanes);
+      });
+    };
+    int64_t i = 0;
+    for (; i + 8 <= c; i += 8) add(i, std::integral_constant<int, 8>{});
+    for (; i < c; i++) add(i, std::integral_constant<int, 1>{});
+    return;
+  }
+  const auto rows = [=]<int S>(int64_t p, std::integral_constant<int, S>) CONVBLOCKS_LOOP {
+    Vec<A> sums[L]{};
+    const T* from = x + p * map.pixel;
+    for_lanes<T>(c, [&, from, weight, center](int64_t i, auto lanes) CONVBLOCKS_LOOP {
+      const Vec<A> w = load(weight + i, lanes), mean = kCentered ? load(center + i, lanes) : Vec<A>{};
+#pragma GCC unroll 16
+      for (int s = 0; s < S; s++) {
+        const Vec<A> v = load(from + s * map.pixel + i, lanes);
+        sums[s] += (kCentered ? v - mean : v) * w;
+      }
+    });
+    const Vec<A> result = sum_each(sums) + bias;
+    if constexpr (S == L)
+      store(out + p, result);
+    else
+      store(out + p, result, S);
+  };
+  by_rows<L>(pixels, rows);
+}
+
+// How the pixels of a sample are cut: by the sizes only.
+template <class T>
+struct Chunks {
+  int64_t pixels, length, count;
+  Chunks(int64_t c, int64_t hw, bool planes) : pixels(hw) {
+    constexpr int64_t L = kLanes<T>;
+    const int64_t bytes = c * sizeof(T);
+    const int64_t most =
+        planes ? std::clamp<int64_t>((384 << 10) / bytes, 64, 1024) : std::clamp<int64_t>((128 << 10) / bytes, 16, 256);
+    const int64_t even = (hw + most - 1) / most;
+    length = ((hw + even - 1) / even + L - 1) / L * L;
+    count = (hw + length - 1) / length;
+  }
+  // Calls f(chunk, first pixel, pixels) for all chunks, which a team divides.
+  template <class F>
+  void each(const Team& team, int64_t cost, F f) const {
+    team.split(count, length * cost, [=, *this](int64_t first, int64_t last) {
+      for (int64_t chunk = first; chunk < last; chunk++) {
+        f(chunk, chunk * length, std::min(length, pixels - chunk * length));
+      }
+    });
+  }
+};
+
+// The context of a sample, and for the backward the sums of grad * x and of grad.
+template <class T, bool kBackward>
+class ContextPool {
+ public:
+  using A = Acc<T>;
+  static constexpr int K = kBackward ? 3 : 1;
+
+  // What is known of a sample after run(): K vectors of c, the context first.
+  struct Sample {
+    A* sums;
+    A* weights;  // exp(logit - maximum of the chunk) of each pixel; null for the mean
+    A* chunks;   // of each chunk: its maximum, its sum of weights, and after run() what makes weights attention
+    A* partial;
+  };
+
+  ContextPool(const Context& context, int64_t n, int64_t c, int64_t hw, const Map& x, const Map& grad, const A* weight,
+              A bias)
+      : c_(c), hw_(hw), x_(x), grad_(grad), weight_(weight), bias_(bias), chunks(c, hw, x.pixel == 1) {
+    memory_ = static_cast<A*>(context.workspace(context, n * size() * sizeof(A)));
+  }
+
+  Sample sample(int64_t i) const {
+    A* at = memory_ + i * size();
+    A* const chunk_numbers = at + K * c_;
+    A* const weights = chunk_numbers + 3 * chunks.count;
+    return {at, weight_ ? weights : nullptr, chunk_numbers, weights + (weight_ ? hw_ : 0)};
+  }
+
+  void run(int64_t i, const Team& team) const {
+    const Sample s = sample(i);
+    chunks.each(team, (K + 1) * c_, [=, this](int64_t chunk, int64_t first, int64_t pixels) {
+      A* const numbers = s.chunks + 3 * chunk;
+      if (weight_ && x_.pixel != 1) {
+        pool_rows(i, first, pixels, s.weights + first, numbers, s.partial + chunk * K * c_);
+      } else if (weight_) {
+        A* const z = s.weights + first;
+        weigh_channels<false>(row<T>(x_, i, 0, first), x_, pixels, c_, weight_, static_cast<const A*>(nullptr), bias_,
+                              z);
+        exponentials(z, pixels, numbers);
+        sum<true>(i, first, pixels, z, s.partial + chunk * K * c_);
+      } else {
+        numbers[0] = 0;
+        numbers[1] = A(pixels);
+        sum<false>(i, first, pixels, nullptr, s.partial + chunk * K * c_);
+      }
+    });
+    merge(s);
+  }
+
+  const int64_t c_, hw_;
+  const Map x_, grad_;
+  const A* const weight_;
+  const A bias_;
+  const Chunks<T> chunks;
+
+ private:
+  int64_t size() const { return K * c_ + 3 * chunks.count + (weight_ ? hw_ : 0) + chunks.count * K * c_; }
+
+  // 1 at the maximum, and nothing far below it.
+  static Vec<A> exp_below(Vec<A> v) { return v < -87 ? Vec<A>{} : exp(v); }
+
+  // From logits to exp(logit - maximum); leaves the maximum and the sum.
+  static void exponentials(A* z, int64_t pixels, A* numbers) {
+    constexpr A lowest = -std::numeric_limits<A>::infinity();
+    Vec<A> most = splat<Vec<A>>(lowest), total{};
+    for_lanes<A>(pixels, [&](int64_t p, auto lanes) { most = max_or_nan(most, load(z + p, lanes, lowest)); });
+    const A maximum = max_lanes(most);
+    for_lanes<A>(pixels, [&](int64_t p, auto lanes) {
+      const Vec<A> e = exp_below(load(z + p, lanes, lowest) - maximum);
+      store(z + p, e, lanes);
+      total += e;
+    });
+    numbers[0] = maximum;
+    numbers[1] = sum_lanes(total);
+  }
+
+  template <bool kWeighted>
+  static Vecs<A, K> terms(Vec<A> v, Vec<A> g, Vec<A> weight) {
+    const Vec<A> weighted = kWeighted ? v * weight : v;
+    if constexpr (kBackward)
+      return {weighted, g * v, g};
+    else
+      return {weighted};
+  }
+
+  template <bool kWeighted>
+  void sum(int64_t i, int64_t first, int64_t pixels, const A* e, A* out) const {
+    const T* const x = row<T>(x_, i, 0, first);
+    const T* const g = kBackward ? row<T>(grad_, i, 0, first) : x;
+    if (x_.pixel == 1) {
+      reduce_planes<T, K>(0, c_, pixels, out, c_, [=, this](int64_t channel, int64_t p, auto lanes) CONVBLOCKS_LOOP {
+        return terms<kWeighted>(load(x + channel * x_.channel + p, lanes),
+                                kBackward ? load(g + channel * grad_.channel + p, lanes) : Vec<A>{},
+                                kWeighted ? load(e + p, lanes) : Vec<A>{});
+      });
+    } else {
+      const int64_t step = x_.pixel, grad_step = kBackward ? grad_.pixel : step;
+      sum_rows_of<T, K>(0, pixels, c_, out, [=](int64_t p, int64_t channel, auto lanes) CONVBLOCKS_LOOP {
+        return terms<kWeighted>(load(x + p * step + channel, lanes),
+                                kBackward ? load(g + p * grad_step + channel, lanes) : Vec<A>{},
+                                kWeighted ? splat<Vec<A>>(e[p]) : Vec<A>{});
+      });
+    }
+  }
+
+  // channels_last: the logits of a few pixels and, while these are in the first cache, their sums, by exponentials of
+  // what the logits lie below the maximum so far. A higher maximum makes the sums so far smaller.
+  void pool_rows(int64_t i, int64_t first, int64_t pixels, A* z, A* numbers, A* out) const {
+    constexpr int L = kLanes<T>;
+    constexpr A lowest = -std::numeric_limits<A>::infinity();
+    std::fill_n(out, K * c_, A(0));
+    A maximum = lowest;
+    Vec<A> total{};
+    for (int64_t p = 0; p < pixels; p += L) {
+      const int64_t count = std::min<int64_t>(L, pixels - p);
+      const T* const x = row<T>(x_, i, 0, first + p);
+      const T* const g = kBackward ? row<T>(grad_, i, 0, first + p) : x;
+      weigh_channels<false>(x, x_, count, c_, weight_, static_cast<const A*>(nullptr), bias_, z + p);
+      const Vec<A> logits = load(z + p, static_cast<int>(count), lowest);
+      const A most = max_lanes(logits);
+      if (!(most <= maximum)) {
+        const A rescale = p ? std::exp(maximum - most) : A(0);
+        for_lanes<A>(p ? c_ : 0, [=](int64_t channel, auto lanes) CONVBLOCKS_LOOP {
+          store(out + channel, load(out + channel, lanes) * rescale, lanes);
+        });
+        total *= rescale;
+        maximum = most;
+      }
+      const Vec<A> e = exp_below(logits - maximum);
+      total += e;
+      A weights[L];
+      store(weights, e);
+      by_rows<L>(count, [=, this, &weights]<int S>(int64_t begin, std::integral_constant<int, S>) CONVBLOCKS_LOOP {
+        add_rows<S>(x + begin * x_.pixel, g + begin * (kBackward ? grad_.pixel : 0), weights + begin, out);
+      });
+    }
+    numbers[0] = maximum;
+    numbers[1] = sum_lanes(total);
+    if (!kBackward) return;
+    for_lanes<A>(pixels, [=](int64_t p, auto lanes) { store(z + p, exp_below(load(z + p, lanes) - maximum), lanes); });
+  }
+
+  template <int S>
+  CONVBLOCKS_LOOP void add_rows(const T* x, const T* g, const A* weights, A* out) const {
+    Vec<A> weight[S];
+#pragma GCC unroll 16
+    for (int s = 0; s < S; s++) weight[s] = splat<Vec<A>>(weights[s]);
+    const int64_t c = c_, step = x_.pixel, grad_step = kBackward ? grad_.pixel : 0;
+    for_lanes<T>(c, [=](int64_t channel, auto lanes) CONVBLOCKS_LOOP {
+      Vecs<A, K> acc{};
+#pragma GCC unroll 16
+      for (int s = 0; s < S; s++) {
+        const Vecs<A, K> v = terms<true>(load(x + s * step + channel, lanes),
+                                         kBackward ? load(g + s * grad_step + channel, lanes) : Vec<A>{}, weight[s]);
+        for (int k = 0; k < K; k++) acc[k] += v[k];
+      }
+      for (int k = 0; k < K; k++) {
+        A* const to = out + k * c + channel;
+        store(to, load(to, lanes) + acc[k], lanes);
+      }
+    });
+  }
+
+  // The sums of the sample from those of its chunks.
+  void merge(const Sample& s) const {
+    A maximum = s.chunks[0], total = 0;
+    for (int64_t chunk = 1; chunk < chunks.count; chunk++) {
+      const A other = s.chunks[3 * chunk];
+      maximum = other > maximum || other != other ? other : maximum;
+    }
+    for (int64_t chunk = 0; chunk < chunks.count; chunk++) {
+      A* numbers = s.chunks + 3 * chunk;
+      numbers[2] = std::exp(numbers[0] - maximum);
+      total += numbers[2] * numbers[1];
+    }
+    for (int64_t chunk = 0; chunk < chunks.count; chunk++) s.chunks[3 * chunk + 2] /= total;
+    const auto add = [=, this]<bool kFactor>(int64_t first, int64_t count, std::bool_constant<kFactor>) {
+      for_lanes<A>(count, [=, this](int64_t at, auto lanes) {
+        Vec<A> total{};
+        for (int64_t chunk = 0; chunk < chunks.count; chunk++) {
+          const Vec<A> v = load(s.partial + chunk * K * c_ + first + at, lanes);
+          total += kFactor ? v * s.chunks[3 * chunk + 2] : v;
+        }
+        store(s.sums + first + at, total, lanes);
+      });
+    };
+    add(0, c_, std::true_type{});
+    if (K > 1) add(c_, (K - 1) * c_, std::false_type{});
+  }
+
+  A* memory_;
+};
+
+// y = x * scale + shift of the channel.
+template <class T>
+void scale_and_shift(const Team& team, const Map& x, const Map& y, int64_t sample, int64_t c, int64_t hw, bool far,
+                     const Acc<T>* scale, const Acc<T>* shift) {
+  if (x.pixel == 1) {
+    team.split(c, hw, [=](int64_t begin, int64_t end) {
+      for (int64_t i = begin; i < end; i++) {
+        const T* from = row<T>(x, sample, i);
+        const Acc<T> s = scale[i], t = shift[i];
+        write_row<T>(row<T>(y, sample, i), hw, far,
+                     [=](int64_t p, auto lanes) CONVBLOCKS_LOOP { return load(from + p, lanes) * s + t; });
+      }
+      finish_stores();
+    });
+  } else {
+    team.split(hw, c, [=](int64_t begin, int64_t end) {
+      for (int64_t p = begin; p < end; p++) {
+        const T* from = row<T>(x, sample, 0, p);
+        write_row<T>(row<T>(y, sample, 0, p), c, far, [=](int64_t i, auto lanes) CONVBLOCKS_LOOP {
+          return load(from + i, lanes) * load(scale + i, lanes) + load(shift + i, lanes);
+        });
+      }
+      finish_stores();
+    });
+  }
+}
+
+}  // namespace convblocks::cpu
