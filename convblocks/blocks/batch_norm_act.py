@@ -89,19 +89,19 @@ class BatchNormAct2d(nn.BatchNorm2d):
         return None if other else self.activation_name
 
     def forward(self, x: Tensor, residual: Tensor | None = None) -> Tensor:
-        named = isinstance(x, torch.fx.Proxy)  # in a graph, where nothing else is known of it
-        mixed = residual is not None and not named and residual.dtype != x.dtype  # by autocast
+        if isinstance(x, torch.fx.Proxy):  # a name in a graph, of which nothing else is known
+            learns = self.training or self.running_mean is None
+            how = self.running_mean, self.running_var, self.weight, self.bias, learns, self.momentum or 0.0, self.eps
+            return self.end(F.batch_norm(x, *how), residual)
+        mixed = residual is not None and residual.dtype != x.dtype  # by autocast
         if self.training or self.running_mean is None or mixed or backends.selected == "reference":
             return self.end(super().forward(x), residual)
-        if not named:
-            self._check_input_dim(x)
+        self._check_input_dim(x)
         scale, shift = scale_shift(self)
-        slow = self.function == "gelu" and (named or x.is_cpu)  # whose kernel there computes it number by number
+        slow = self.function == "gelu" and x.is_cpu  # whose kernel there computes it number by number
         fused = "none" if slow or self.function is None else self.function
-        if self.inplace and not named and _may_be_written(x):
-            y = operator.run_inplace(x, scale, shift, residual, fused)
-        else:
-            y = operator(x, scale, shift, residual, fused)
+        run = operator.run_inplace if self.inplace and _may_be_written(x) else operator
+        y = run(x, scale, shift, residual, fused)
         return y if fused == self.activation_name else self.end(y)
 
     def end(self, y: Tensor, residual: Tensor | None = None) -> Tensor:

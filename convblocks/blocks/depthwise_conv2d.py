@@ -111,7 +111,8 @@ class DepthwiseConv2d(nn.Conv2d):
         self.activation_name = function_name("DepthwiseConv2d", "activation", activation, ACTIVATIONS)
 
     def _conv_forward(self, input: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-        x, padding = (input[None] if input.dim() == 3 else input), "same" if self.same else self.padding
+        single = not isinstance(input, torch.fx.Proxy) and input.dim() == 3
+        x, padding = (input[None] if single else input), "same" if self.same else self.padding
         if self.padding_mode != "zeros":
             x, padding = F.pad(x, self._reversed_padding_repeated_twice, self.padding_mode), (0, 0)
         y = depthwise_conv2d(
@@ -123,7 +124,7 @@ class DepthwiseConv2d(nn.Conv2d):
             dilation=self.dilation,
             activation=self.activation_name,
         )
-        return y[0] if input.dim() == 3 else y
+        return y[0] if single else y
 
     def extra_repr(self) -> str:
         words: str = super().extra_repr()  # type: ignore[no-untyped-call]
