@@ -8,6 +8,7 @@ from torch import nn
 
 from convblocks.blocks.cbam import CBAM
 from convblocks.blocks.eca import ECA
+from convblocks.blocks.global_context import GlobalContext
 from convblocks.blocks.scse import SCSE, ChannelSE, SpatialSE
 from convblocks.blocks.simam import SimAM
 from convblocks.blocks.squeeze_excite import EffectiveSqueezeExcite, SqueezeExcite
@@ -23,6 +24,7 @@ ATTENTIONS: dict[str, Factory] = {
     "cse": ChannelSE,
     "sse": SpatialSE,
     "scse": SCSE,
+    "gc": GlobalContext,
     "simam": SimAM,
 }
 

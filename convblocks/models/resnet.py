@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import partial
 from typing import Any
 
 import torch
@@ -10,6 +11,7 @@ from convblocks.blocks.attention import Attention
 from convblocks.blocks.batch_norm_act import BatchNormAct2d
 from convblocks.blocks.conv_norm_act import ConvNormAct
 from convblocks.blocks.convert import Layout, rename
+from convblocks.blocks.global_context import GlobalContext
 from convblocks.blocks.resnet import BasicBlock, Bottleneck, ResidualBlock
 from convblocks.models.network import Network, classifier
 from convblocks.models.registry import register
@@ -161,6 +163,7 @@ _BOTTLENECK: dict[str, dict[str, Any]] = {
     "152": {"block": Bottleneck, "layers": (3, 8, 36, 3)},
 }
 _DEPTHS = _BASIC | _BOTTLENECK
+_CONTEXT = partial(GlobalContext.official, ratio=1 / 16)  # that of the paper
 
 register(ResNet, {f"resnet{depth}": options for depth, options in _DEPTHS.items()})
 register(ResNet, {f"wide_resnet{depth}_2": _BOTTLENECK[depth] | {"base_width": 128} for depth in ("50", "101")})
@@ -173,6 +176,13 @@ register(
 )
 for _attention in ("se", "cbam", "eca"):
     register(ResNet, {f"{_attention}_resnet{d}": o | {"attention": _attention} for d, o in _DEPTHS.items()})
+register(
+    ResNet,
+    {
+        f"gc_resnet{depth}": options | {"attention": _CONTEXT, "attention_stages": (2, 3, 4)}
+        for depth, options in _DEPTHS.items()
+    },
+)
 register(
     ResNet,
     {f"simam_resnet{d}": o | {"attention": "simam", "attention_at": "middle"} for d, o in _DEPTHS.items()},

@@ -134,3 +134,12 @@ def test_symbolic_trace_and_vmap() -> None:
             torch.testing.assert_close(torch.fx.symbolic_trace(model)(x), expected)
             got = torch.func.vmap(model)(x[None])[0]
         torch.testing.assert_close(got, expected, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("name", FIRST)
+def test_any_attention(name: str) -> None:
+    """Each class has places for it."""
+    model = _meta(name, attention="sse")
+    assert [m for m in model.modules() if isinstance(m, convblocks.SpatialSE)]
+    with pytest.raises(ValueError, match=r"expected attention to be one of se, ese, eca.*, got sea"):
+        _meta(name, attention="sea")

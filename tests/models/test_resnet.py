@@ -9,6 +9,7 @@ import timm
 import torch
 import torchvision
 
+import convblocks
 from convblocks.models import create
 from tests.models.common import assert_same, parameters, randomised
 
@@ -84,3 +85,25 @@ def test_drop_path() -> None:
     plain = create("resnet18", num_classes=4)
     plain.load_state_dict(model.state_dict())
     torch.testing.assert_close(model.eval()(x), plain.eval()(x))
+
+
+def test_global_context_at_the_authors_places() -> None:
+    """After the last norm of all blocks but those of the first stage; 2 C R weights, 3 R + C biases and factors of the
+    transform, C + 1 of the attention."""
+    blocks = [(512, 4), (1024, 6), (2048, 3)]
+    added = sum(n * (2 * c * (c // 16) + 3 * (c // 16) + 2 * c + 1) for c, n in blocks)
+    assert parameters("gc_resnet50") == 25_557_032 + added
+    model = create("gc_resnet18", num_classes=3)
+    assert [n for n, m in model.named_modules() if isinstance(m, convblocks.GlobalContext)] == [
+        f"layer{stage}.{i}.se" for stage in (2, 3, 4) for i in (0, 1)
+    ]
+    theirs = {}
+    for key, value in model.state_dict().items():
+        key = key.replace(".se.conv_attn.", ".context_block.conv_mask.")
+        for ours, index in (("fc1", "0"), ("norm", "1"), ("fc2", "3")):
+            key = key.replace(f".se.mlp_add.{ours}.", f".context_block.channel_add_conv.{index}.")
+        norm = "channel_add_conv.1." in key
+        theirs[key] = value[:, None, None] if norm else value
+    assert "layer2.0.context_block.channel_add_conv.1.weight" in theirs
+    converted = convblocks.convert_state_dict(theirs, "official", model)
+    assert all(torch.equal(converted[key], value) for key, value in model.state_dict().items())
