@@ -11,6 +11,12 @@ from convblocks.models import summary
 from convblocks.models.registry import ENTRIES, unknown
 
 
+def _pixels(text: str) -> int:
+    if not text.isdecimal() or int(text) == 0:
+        raise argparse.ArgumentTypeError(f"expected a positive integer, got {text}")
+    return int(text)
+
+
 def main(arguments: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(
         prog="python -m convblocks", description="Fused kernels for convolutional networks."
@@ -28,7 +34,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     )
     command.add_argument("name")
     command.add_argument("--attention", help="such as se, eca, cbam, simam")
-    command.add_argument("--size", type=int, help="height and width of the image; as published if left out")
+    command.add_argument("--size", type=_pixels, help="height and width of the image; as published if left out")
     chosen = parser.parse_args(arguments)
     if chosen.command == "info":
         return info.main(chosen.json)

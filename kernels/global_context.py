@@ -132,7 +132,10 @@ class _Pooled:
         block_c = power_of_2(self.maps.c)
         least = 1 if self.maps.channels_last else SECTOR // self.maps.itemsize
         block_p = min(power_of_2(self.maps.hw), max(least, 2048 // block_c))
-        return self.maps.tile_of(block_c, block_p, a_thread=8)
+        tile = self.maps.tile_of(block_c, block_p, a_thread=8)
+        if self.maps.vector == 1:  # an address for each number: registers for fewer of them
+            tile.constants["num_warps"] = min(16, 2 * tile.constants["num_warps"])
+        return tile
 
     def grad_x(self, logits: Tensor | None, by_context: Tensor, grad_x: Tensor, gate: str) -> Tensor:
         """Writes grad_x; returns the programs' shares in the gradients of the attention's weight and bias."""

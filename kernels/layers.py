@@ -66,6 +66,7 @@ class Layers:
             BLOCK_N=block_n,
             BLOCK_M=block_m,
             BLOCK_K=min(power_of_2(k), LAYER_ELEMENTS // (block_n * max(block_m, self.splits))),
+            num_warps=8,
         )
         return out
 

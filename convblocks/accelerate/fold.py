@@ -55,11 +55,13 @@ def _chains(model: nn.Module) -> Iterator[tuple[nn.Module, tuple[str, ...]]]:
     """Parents, and the names of layers of theirs that follow each other; then each layer alone."""
     for parent in model.modules():
         source, forward = qualified_name(type(parent)), type(parent).forward
+        made = f"{forward.__module__}.{forward.__qualname__}"
         if "forward" in parent.__dict__:
             continue
-        if f"{forward.__module__}.{forward.__qualname__}" == f"{source}.forward":
+        if made == f"{source}.forward":
             yield from ((parent, chain) for chain in _CHAINS.get(source, ()) if set(chain) <= parent._modules.keys())
-        if source.startswith("convblocks."):  # blocks of ours say which of their layers follow each other
+        own = source.startswith("convblocks.") and made.startswith("convblocks.")
+        if own:  # blocks of ours say which of their layers follow each other
             yield from ((parent, chain) for chain in getattr(parent, "chains", ()))
         if _is_sequential(parent):
             children = list(parent._modules)

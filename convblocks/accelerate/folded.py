@@ -71,7 +71,9 @@ def _signs(tensors: list[Tensor | None], settings: Any) -> Any:
 
 def _is_plain(t: Tensor) -> bool:
     """Whether it is stored as it is, and counts what is written to it."""
-    return _is_unwrapped(t) and not t.is_inference()
+    if not _is_unwrapped(t) or t.is_inference():
+        return False
+    return not (t.is_cpu and t.is_shared())  # by processes that count only their own writes
 
 
 def _is_unwrapped(t: Tensor) -> bool:
@@ -123,8 +125,9 @@ class Fold:
                 return False
             is_own = is_own or own is layer
         norm, parameters = self.norm, self.first._parameters
-        given = "weight" in parameters and "bias" in parameters and "weight" in norm._parameters
-        return is_own and given and not norm.training and norm._buffers.get("running_mean") is not None
+        given = all({"weight", "bias"} <= layer.keys() for layer in (parameters, norm._parameters))
+        learned = all(norm._buffers.get(name) is not None for name in ("running_mean", "running_var"))
+        return is_own and given and learned and not norm.training
 
     def sources(self) -> list[Tensor | None]:
         """The tensors that scale, shift and weights are made of."""
@@ -208,6 +211,7 @@ class DenseFold(Fold):
         def forward(self: Any, x: Tensor) -> Tensor:
             fold: DenseFold = self.fold
             if not fold.active(self, x):
+                fold.kept.clear()  # a step of training may follow that counts no write (fused optimizers)
                 unfolded: Tensor = self.unfused(x)
                 return unfolded
             if not fold.fits(x) or self.padding_mode != "zeros":
@@ -239,7 +243,7 @@ class DenseFold(Fold):
         if torch.compiler.is_compiling() or torch._C._get_tracing_state() or torch.is_autocast_enabled("cpu"):
             return False
         conv = self.first
-        known = _HAS_ONEDNN and torch.backends.mkldnn.is_available() and isinstance(conv.padding, tuple)
+        known = _HAS_ONEDNN and torch._C._get_mkldnn_enabled() and isinstance(conv.padding, tuple)
         if not (known and x.is_cpu and x.dtype == torch.float32 and x.shape[1] == conv.in_channels):
             return False
         if memory_format(x) != torch.channels_last:  # in which the result is
@@ -267,6 +271,7 @@ class NormFold(Fold):
         def forward(self: Any, x: Tensor) -> Tensor:
             fold: NormFold = self.fold
             if not fold.active(self, x):
+                fold.kept.clear()
                 unfolded: Tensor = self.unfused(x)
                 return unfolded
             scale, shift = fold.kept(fold.sources(), self.eps, partial(scale_shift, fold.norm))

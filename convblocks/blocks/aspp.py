@@ -7,6 +7,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from convblocks import backends
 from convblocks.blocks.arguments import positive
 from convblocks.blocks.batch_norm_act import BatchNormAct2d
 from convblocks.blocks.conv_norm_act import ConvNormAct
@@ -64,14 +65,13 @@ class ASPP(nn.Module):
                 branches.append(ConvNormAct(c, out, 3, dilation=rate, names=("0", "1")))
         branches.append(nn.Sequential(nn.AdaptiveAvgPool2d(1), *ConvNormAct(c, out, 1)))
         self.convs = nn.ModuleList(branches)
-        self.project = nn.Sequential(
-            *ConvNormAct(len(branches) * out, out, 1), nn.Identity(), nn.Dropout(dropout, inplace=True)
-        )
+        self.project = nn.Sequential(*ConvNormAct(len(branches) * out, out, 1), nn.Identity(), nn.Dropout(dropout))
 
     def forward(self, x: Tensor) -> Tensor:
         *branches, pooled = (branch(x) for branch in self.convs)
         conv: Any = self.project[0]
-        if self.training or torch.is_grad_enabled() or not is_plain(conv, nn.Conv2d):
+        eager = torch.is_grad_enabled() or backends.selected == "reference"
+        if self.training or eager or not (is_plain(conv, nn.Conv2d) and is_plain(self.project, nn.Sequential)):
             branches.append(pooled.expand(-1, -1, *x.shape[2:]))
             projected: Tensor = self.project(torch.cat(branches, 1))
             return projected

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from weakref import WeakSet
 
 from torch import nn
 
@@ -29,6 +30,18 @@ ATTENTIONS: dict[str, Factory] = {
 }
 
 
+_MADE: WeakSet[nn.Module] = WeakSet()  # that start as they say themselves
+
+
+def outside_attention(module: nn.Module) -> Iterator[nn.Module]:
+    """A module and all in it, but for attention, whose first weights are its own affair. Squeeze-excite's are those of
+    the network in the published ones."""
+    if module not in _MADE:
+        yield module
+        for child in module.children():
+            yield from outside_attention(child)
+
+
 def attention_layer(block: str, attention: Attention, channels: int) -> nn.Module | None:
     """What ``attention`` makes for so many channels; None of None."""
     if attention is None:
@@ -43,4 +56,6 @@ def attention_layer(block: str, attention: Attention, channels: int) -> nn.Modul
         raise TypeError(
             f"{block}: expected attention to be a name or what makes a module for C channels, got {layer!r}"
         )
+    if type(layer) is not SqueezeExcite:
+        _MADE.add(layer)
     return layer

@@ -6,6 +6,7 @@ from functools import partial
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.autograd import forward_ad
 
 from convblocks import backends
 from convblocks.blocks.arguments import Layer, function_name
@@ -37,7 +38,8 @@ def scale_shift(norm: nn.BatchNorm2d, bias: Tensor | None = None) -> tuple[Tenso
 def _may_be_written(x: Tensor) -> bool:
     if torch.is_grad_enabled() or torch.compiler.is_compiling() or x.numel() < _LARGE:
         return False
-    return not torch._C._functorch.is_functorch_wrapped_tensor(x)
+    kept = x.is_inference() and not torch.is_inference_mode_enabled()
+    return not (kept or forward_ad._current_level >= 0 or torch._C._functorch.is_functorch_wrapped_tensor(x))
 
 
 class BatchNormAct2d(nn.BatchNorm2d):
@@ -52,7 +54,9 @@ class BatchNormAct2d(nn.BatchNorm2d):
         activation: a name, a module, or a class or partial that makes one; "none": nothing.
         eps, momentum, affine, track_running_stats, device, dtype: of ``nn.BatchNorm2d``.
         negative_slope: of the activation leaky_relu.
-        inplace: lets inference write over x.
+        inplace: lets inference write over x, which nothing else may need then.
+
+    It is an ``nn.BatchNorm2d``; ``nn.SyncBatchNorm.convert_sync_batchnorm`` would take residual and activation away.
 
     Shape: (N, C, H, W) to the same; the residual, too.
 
@@ -89,10 +93,11 @@ class BatchNormAct2d(nn.BatchNorm2d):
         return None if other else self.activation_name
 
     def forward(self, x: Tensor, residual: Tensor | None = None) -> Tensor:
-        if isinstance(x, torch.fx.Proxy):  # a name in a graph, of which nothing else is known
-            learns = self.training or self.running_mean is None
-            how = self.running_mean, self.running_var, self.weight, self.bias, learns, self.momentum or 0.0, self.eps
-            return self.end(F.batch_norm(x, *how), residual)
+        if isinstance(x, torch.fx.Proxy):  # a name in a graph: this stays a module there, as torch's norms do
+            args = (x,) if residual is None else (x, residual)
+            name = x.tracer.path_of_module(self)
+            traced: Tensor = x.tracer.create_proxy("call_module", name, args, {})
+            return traced
         mixed = residual is not None and residual.dtype != x.dtype  # by autocast
         if self.training or self.running_mean is None or mixed or backends.selected == "reference":
             return self.end(super().forward(x), residual)
@@ -109,7 +114,7 @@ class BatchNormAct2d(nn.BatchNorm2d):
         y = y if residual is None else y + residual
         name = self.activation_name
         if name == "leaky_relu":
-            return F.leaky_relu(y, self.negative_slope, inplace=True)
+            return F.leaky_relu(y, self.negative_slope, inplace=self.negative_slope >= 0)
         return INPLACE.get(name, ACTIVATIONS[name])(y)
 
     def extra_repr(self) -> str:

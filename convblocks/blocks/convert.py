@@ -303,6 +303,9 @@ def convert_state_dict(sd: Mapping[str, Any], source: str | None = None, model: 
         result = layout.convert(plain)
         if all(_sizes(result) != _sizes(r) for r in results):
             results.append(result)
+    if getattr(model, "features_only", False):  # a network that does without the layers that make classes
+        unused = tuple(f"{name}." for name in getattr(model, "head_layers", ()))
+        results = [{k: v for k, v in r.items() if not k.startswith(unused)} for r in results]
     if model is not None:
         result = min(results, key=lambda r: len(_misfit(r, model)))
         wrong = _misfit(result, model)

@@ -4,6 +4,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from convblocks import backends
 from convblocks.blocks.arguments import positive
 from convblocks.blocks.attention import Attention, attention_layer
 from convblocks.blocks.batch_norm_act import BatchNormAct2d
@@ -15,6 +16,8 @@ def _of_inference(x: Tensor) -> bool:
         torch.is_grad_enabled()
         or torch.compiler.is_compiling()
         or isinstance(x, torch.fx.Proxy)
+        or torch._C._functorch.maybe_current_level() is not None
+        or backends.selected == "reference"
         or (not x.is_meta and torch.is_autocast_enabled(x.device.type))
     )
 

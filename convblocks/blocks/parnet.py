@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from convblocks.blocks.arguments import Layer, function_name, positive
 from convblocks.blocks.attention import Attention, attention_layer
 from convblocks.blocks.batch_norm_act import BatchNormAct2d, scale_shift
+from convblocks.blocks.branch import Branch
 from convblocks.blocks.conv_norm_act import ConvNormAct
 from convblocks.blocks.convert import Layout, rename
 from convblocks.blocks.layers import fusible
@@ -112,8 +113,8 @@ class ParNetBlock(nn.Module):
         self.rbr_identity = BatchNormAct2d(c) if self.skips and sse_bn else None
         self.gated = not self.skips and attention is not None
         last = "none" if self.gated else self.activation_name
-        self.rbr_dense: Any = ConvNormAct(c, out, 3, stride, groups=groups, bias=not sse_bn, activation=last)
-        pointwise = ConvNormAct(c, out, 1, groups=groups, bias=not sse_bn, activation="none")
+        self.rbr_dense: Any = _branch(c, out, 3, stride, groups, not sse_bn, last)
+        pointwise = _branch(c, out, 1, 1, groups, not sse_bn, "none")
         pool = nn.AvgPool2d(2, ceil_mode=True, divisor_override=4)
         self.rbr_1x1: Any = pointwise if stride == 1 else nn.Sequential(pool, pointwise)
         self.se: Any = (
@@ -144,9 +145,7 @@ class ParNetBlock(nn.Module):
             act = "none" if self.gated else self.activation_name
             return scale_shift_act(y, torch.ones_like(dense.bias), dense.bias, skip, act)
         pooled, pointwise = (x, self.rbr_1x1) if self.stride == 1 else (self.rbr_1x1[0](x), self.rbr_1x1[1])
-        y = pointwise.conv(pooled)
-        y = pointwise.bn(y, None if skip is None else skip.to(y.dtype))
-        both: Tensor = dense.bn(dense.conv(x), y)
+        both: Tensor = dense(x, pointwise(pooled, skip))
         return both
 
     def fuse(self) -> ParNetBlock:
@@ -171,6 +170,11 @@ class ParNetBlock(nn.Module):
 
     def extra_repr(self) -> str:
         return f"activation={self.activation_name}" + (", fused" if self.fused else "")
+
+
+def _branch(c: int, out: int, k: int, stride: int, groups: int, bias: bool, activation: str) -> Branch:
+    conv, norm = ConvNormAct(c, out, k, stride, groups=groups, bias=bias, activation=activation)
+    return Branch(OrderedDict(conv=conv, bn=norm))
 
 
 @torch.no_grad()

@@ -59,7 +59,7 @@ class Res2NetBottleneck(ResidualBlock):
         attention_at: str = "end",
         drop_path: float = 0.0,
     ) -> None:
-        super().__init__(downsample, drop_path)
+        super().__init__(drop_path)
         name = type(self).__name__
         c, out = positive(name, "in_channels", in_channels), positive(name, "planes", planes) * self.expansion
         width = positive(name, "the width", int(planes * base_width / 64)) * positive(name, "groups", groups)
@@ -83,6 +83,7 @@ class Res2NetBottleneck(ResidualBlock):
         self.conv3 = nn.Conv2d(width * parts, out, 1, bias=False)
         self.place(attention, attention_at, out, width * parts)
         self.bn3 = self.last_norm(out)
+        self.downsample = downsample
 
     def forward(self, x: Tensor) -> Tensor:
         parts = self.bn1(self.conv1(x)).chunk(self.scale, 1)

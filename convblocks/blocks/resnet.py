@@ -16,9 +16,10 @@ class ResidualBlock(nn.Module):
 
     expansion: ClassVar[int] = 1
 
-    def __init__(self, downsample: nn.Module | None, drop: float) -> None:
+    downsample: nn.Module | None
+
+    def __init__(self, drop: float) -> None:
         super().__init__()
-        self.downsample = downsample
         self.drop_path = check_drop_path(type(self).__name__, drop)
         self.se: nn.Module | None = None
         self.middle: nn.Module | None = None
@@ -51,9 +52,13 @@ class ResidualBlock(nn.Module):
     def end(self, y: Tensor, norm: nn.Module, x: Tensor) -> Tensor:
         """From the map before the last norm and the block's input to its output."""
         shortcut: Tensor = x if self.downsample is None else self.downsample(x)
-        if self.se is None and self.drop_path == 0:
-            fused: Tensor = norm(y, shortcut)
-            return fused
+        if isinstance(norm, BatchNormAct2d):
+            alone = self.se is None and self.drop_path == 0
+            if norm.activation_name != ("relu" if alone else "none"):  # attention or drop path were set since
+                norm.activation_name = "relu" if alone else "none"
+            if alone:
+                fused: Tensor = norm(y, shortcut)
+                return fused
         y = norm(y)
         y = y if self.se is None else self.se(y)
         return F.relu(drop_path(y, self.drop_path, self.training) + shortcut, inplace=True)
@@ -97,7 +102,7 @@ class BasicBlock(ResidualBlock):
         attention_at: str = "end",
         drop_path: float = 0.0,
     ) -> None:
-        super().__init__(downsample, drop_path)
+        super().__init__(drop_path)
         name = type(self).__name__
         c, out = positive(name, "in_channels", in_channels), positive(name, "planes", planes)
         first = dilation if first_dilation is None else first_dilation
@@ -106,6 +111,7 @@ class BasicBlock(ResidualBlock):
         self.conv2 = nn.Conv2d(out, out, 3, 1, dilation, dilation, bias=False)
         self.place(attention, attention_at, out, out)
         self.bn2 = self.last_norm(out)
+        self.downsample = downsample
 
     def forward(self, x: Tensor) -> Tensor:
         y = self.bn1(self.conv1(x))
@@ -158,7 +164,7 @@ class Bottleneck(ResidualBlock):
         attention_at: str = "end",
         drop_path: float = 0.0,
     ) -> None:
-        super().__init__(downsample, drop_path)
+        super().__init__(drop_path)
         name = type(self).__name__
         c, out = positive(name, "in_channels", in_channels), positive(name, "planes", planes) * self.expansion
         width = positive(name, "the width", int(planes * base_width / 64)) * positive(name, "groups", groups)
@@ -171,6 +177,7 @@ class Bottleneck(ResidualBlock):
         self.conv3 = nn.Conv2d(width, out, 1, bias=False)
         self.place(attention, attention_at, out, width)
         self.bn3 = self.last_norm(out)
+        self.downsample = downsample
 
     def forward(self, x: Tensor) -> Tensor:
         y = self.between(self.conv2(self.bn1(self.conv1(x))))

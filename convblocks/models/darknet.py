@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from convblocks.blocks.attention import Attention
+from convblocks.blocks.attention import Attention, outside_attention
 from convblocks.blocks.conv_norm_act import ConvNormAct
 from convblocks.blocks.convert import Layout, rename
 from convblocks.blocks.darknet import DarknetResidual
@@ -110,7 +110,7 @@ class Darknet(Network):
 
     def initialise(self) -> None:
         """As the authors' C code: all layers by their fan in, that of the classes, too; no bias."""
-        for layer in self.modules():
+        for layer in outside_attention(self):
             if isinstance(layer, nn.Conv2d | nn.Linear):
                 nn.init.kaiming_normal_(layer.weight, nonlinearity="relu")
                 if layer.bias is not None:

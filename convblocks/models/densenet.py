@@ -71,7 +71,7 @@ class DenseNet(Network):
             if stage < len(layers):
                 features[f"transition{stage}"] = Transition(channels)
                 channels //= 2
-        features["norm5"] = BatchNormAct2d(channels, "relu", inplace=True)
+        features["norm5"] = BatchNormAct2d(channels, "relu")  # hooks keep the map before it
         self.features = nn.Sequential(features)
         self.drop = nn.Dropout(drop_rate)
         self.classifier = classifier(channels, num_classes)

@@ -8,7 +8,7 @@ from typing import Any
 
 from torch import nn
 
-from convblocks.blocks.attention import Attention
+from convblocks.blocks.attention import Attention, outside_attention
 from convblocks.blocks.conv_norm_act import ConvNormAct
 from convblocks.blocks.convert import Layout, StateDict
 from convblocks.blocks.inverted_residual import FusedMBConv, MBConv
@@ -113,7 +113,7 @@ class EfficientNetV2(FeaturesNetwork):
     def initialise(self) -> None:
         """As the authors do: linear layers from a uniform distribution."""
         super().initialise()
-        for layer in self.modules():
+        for layer in outside_attention(self):
             if isinstance(layer, nn.Linear):
                 bound = 1 / math.sqrt(layer.out_features)
                 nn.init.uniform_(layer.weight, -bound, bound)

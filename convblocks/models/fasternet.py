@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from convblocks.blocks.arguments import Layer
-from convblocks.blocks.attention import Attention
+from convblocks.blocks.attention import Attention, outside_attention
 from convblocks.blocks.conv_norm_act import ConvNormAct
 from convblocks.blocks.convert import Layout, StateDict, rename
 from convblocks.blocks.fasternet import FasterNetBlock
@@ -117,7 +117,7 @@ class FasterNet(Network):
 
     def initialise(self) -> None:
         """As the authors: all layers from a truncated normal distribution, no bias."""
-        for layer in self.modules():
+        for layer in outside_attention(self):
             if isinstance(layer, nn.Conv2d | nn.Linear):
                 nn.init.trunc_normal_(layer.weight, std=0.02)
                 if layer.bias is not None:

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from convblocks.blocks.attention import outside_attention
 from convblocks.blocks.convert import StateDict, Step
 from convblocks.models.network import Network
 
@@ -99,7 +100,7 @@ class FeaturesNetwork(Network):
     def initialise(self) -> None:
         """As torchvision does: as He et al., and linear layers from a normal distribution."""
         super().initialise()
-        for layer in self.modules():
+        for layer in outside_attention(self):
             if isinstance(layer, nn.Linear):
                 nn.init.normal_(layer.weight, 0, 0.01)
                 nn.init.zeros_(layer.bias)

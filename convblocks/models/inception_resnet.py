@@ -7,7 +7,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from convblocks.blocks.arguments import positive
-from convblocks.blocks.attention import Attention
+from convblocks.blocks.attention import Attention, outside_attention
 from convblocks.blocks.convert import Layout, rename
 from convblocks.blocks.inception import InceptionBranches, inception_conv
 from convblocks.blocks.inception_resnet import (
@@ -57,7 +57,7 @@ class InceptionResNet(Network):
 
     def initialise(self) -> None:
         """As the authors' TF-slim: Glorot and Bengio, "Understanding the difficulty of training ..." (2010)."""
-        for layer in self.modules():
+        for layer in outside_attention(self):
             if isinstance(layer, nn.Conv2d | nn.Linear):
                 nn.init.xavier_uniform_(layer.weight)
                 if layer.bias is not None:

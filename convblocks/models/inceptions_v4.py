@@ -5,7 +5,7 @@ from typing import Any
 
 from torch import nn
 
-from convblocks.blocks.attention import Attention
+from convblocks.blocks.attention import Attention, outside_attention
 from convblocks.blocks.inception import InceptionBranches, inception_conv
 from convblocks.blocks.inception_v4 import (
     InceptionReductionA,
@@ -79,7 +79,7 @@ class InceptionV4(Inception):
 
     def initialise(self) -> None:
         """As the authors' TF-slim: He et al. (arXiv 1502.01852) by the fan in."""
-        for layer in self.modules():
+        for layer in outside_attention(self):
             if isinstance(layer, nn.Conv2d):
                 nn.init.kaiming_normal_(layer.weight, mode="fan_in", nonlinearity="relu")
 

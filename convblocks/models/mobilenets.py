@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from convblocks.blocks.arguments import make_divisible
-from convblocks.blocks.attention import Attention
+from convblocks.blocks.attention import Attention, outside_attention
 from convblocks.blocks.batch_norm_act import BatchNormAct2d
 from convblocks.blocks.conv_norm_act import ConvNormAct
 from convblocks.blocks.convert import Layout
@@ -95,7 +95,7 @@ class MobileNetV1(Network):
     def initialise(self) -> None:
         """As the authors' code does: from a normal distribution of deviation 0.09, cut off at twice that."""
         super().initialise()
-        for layer in self.modules():
+        for layer in outside_attention(self):
             if isinstance(layer, (nn.Conv2d, nn.Linear)):
                 nn.init.trunc_normal_(layer.weight, std=0.09, a=-0.18, b=0.18)
                 if layer.bias is not None:

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from convblocks.blocks.arguments import positive
+from convblocks.blocks.attention import outside_attention
 from convblocks.blocks.convert import Layout
 
 
@@ -38,6 +39,12 @@ class Network(nn.Module):
             positive(self.name, "num_classes", num_classes)
         self.num_classes = num_classes
         self.features_only = False
+
+    def train(self, mode: bool = True) -> Network:
+        if any(type(layer) is nn.SyncBatchNorm for layer in self.modules()):
+            words = "whose activations and residuals nn.SyncBatchNorm.convert_sync_batchnorm took away"
+            raise RuntimeError(f"{self.name}: expected norms with what follows them, got nn.SyncBatchNorm, {words}")
+        return super().train(mode)
 
     def trunk(self) -> list[list[Any]]:
         """Layers that are applied in turn; each list ends in a map of its own resolution or purpose."""
@@ -105,7 +112,7 @@ class Network(nn.Module):
 
     def initialise(self) -> None:
         """As He et al. (arXiv 1502.01852): convolutions by the fan out; norms to the identity."""
-        for layer in self.modules():
+        for layer in outside_attention(self):
             if isinstance(layer, nn.Conv2d):
                 nn.init.kaiming_normal_(layer.weight, mode="fan_out", nonlinearity="relu")
                 if layer.bias is not None:

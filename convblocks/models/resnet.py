@@ -65,8 +65,6 @@ class ResNet(Network):
     chains = (("conv1", "bn1"),)
     native = "torchvision"
     layouts = (
-        # Cadene's SENets and timm's copies of them; the authors' networks with attention
-        Layout("timm", (rename(r"layer0\.(.+)", r"\1"), rename(r"last_linear\.(.+)", r"fc.\1"))),
         Layout(
             "official",
             (
@@ -95,6 +93,10 @@ class ResNet(Network):
         **options: Any,
     ) -> None:
         super().__init__(num_classes, in_channels)
+        if len(dilated) != 3:
+            raise ValueError(f"ResNet: expected dilated to be of 3 stages, got {dilated}")
+        if not set(attention_stages) <= {1, 2, 3, 4}:
+            raise ValueError(f"ResNet: expected attention_stages of 1 to 4, got {tuple(attention_stages)}")
         if deep_stem is None:
             self.conv1: nn.Module = nn.Conv2d(in_channels, 64, 7, 2, 3, bias=False)
         else:

@@ -6,7 +6,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from convblocks.blocks.attention import Attention
+from convblocks.blocks.attention import Attention, outside_attention
 from convblocks.blocks.convert import Layout, StateDict, rename
 from convblocks.blocks.fire import Fire
 from convblocks.models.network import Network
@@ -97,7 +97,7 @@ class SqueezeNet(Network):
 
     def initialise(self) -> None:
         """As torchvision: by the fan in, the classifier with little."""
-        for layer in self.modules():
+        for layer in outside_attention(self):
             if isinstance(layer, nn.Conv2d):
                 if layer is self.classifier[1]:
                     nn.init.normal_(layer.weight, 0.0, 0.01)

@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from convblocks.blocks.arguments import positive
-from convblocks.blocks.attention import Attention, attention_layer
+from convblocks.blocks.attention import Attention, attention_layer, outside_attention
 from convblocks.blocks.conv_norm_act import ConvNormAct
 from convblocks.blocks.convert import Layout, StateDict, rename
 from convblocks.blocks.unet import DoubleConv, UNetDown, UNetUp
@@ -94,7 +94,7 @@ class UNet(SegmentationNetwork):
 
     def initialise(self) -> None:
         """As the paper: by the fan in. Biases as torch has them."""
-        for layer in self.modules():
+        for layer in outside_attention(self):
             if isinstance(layer, (nn.Conv2d, nn.ConvTranspose2d)):
                 nn.init.kaiming_normal_(layer.weight, mode="fan_in", nonlinearity="relu")
 
@@ -113,6 +113,12 @@ class UNet(SegmentationNetwork):
                 return None
             size = (skip if self.pads else size * 2) - lost
         return size if size > 0 else None
+
+    def without_head(self) -> UNet:
+        for i in range(1, self.depth + 1):
+            delattr(self, f"up{i}")
+        super().without_head()
+        return self
 
     def check(self, x: Tensor) -> None:
         super().check(x)

@@ -18,7 +18,7 @@ def convolve(
     """A convolution to one plane: each of the pooled planes by itself, then added up. Torch's convolutions take several
     times as long for so few channels. Half precision is for storage only."""
     wide = torch.promote_types(planes.dtype, torch.float32)
-    pad = weight.shape[-1] // 2
+    pad = int(weight.shape[-1]) // 2  # a tensor while torch.jit traces
     y = run(planes.to(wide).contiguous(), weight.to(wide).transpose(0, 1), None, (1, 1), (pad,) * 4, (1, 1), "none")
     y = y.sum(1, keepdim=True)
     return (y if bias is None else y + bias.to(wide)).to(planes.dtype)

@@ -220,16 +220,19 @@ __global__ void __launch_bounds__(kContextThreads, 2)
   for (int s = 1; s < splits; s++) maximum = Max()(maximum, shares.maximum[first + s]);
   for (int s = 0; s < splits; s++) total += shares.total[first + s] * std::exp(shares.maximum[first + s] - maximum);
   for (int c = threadIdx.x; c < channels; c += kContextThreads) {
-    A sums[3] = {};
+    A weighted = 0, dots = 0, grads = 0;
     for (int s = 0; s < splits; s++) {
       const A* const share = shares.sums + (first + s) * kinds * channels + c;
-      sums[0] += share[0] * std::exp(shares.maximum[first + s] - maximum);
-      for (int k = 1; k < kinds; k++) sums[k] += share[k * channels];
+      weighted += share[0] * std::exp(shares.maximum[first + s] - maximum);
+      if (kinds > 1) {
+        dots += share[channels];
+        grads += share[2 * channels];
+      }
     }
-    context[row + c] = sums[0] / total;
+    context[row + c] = weighted / total;
     if (kinds > 1) {
-      dot[row + c] = sums[1];
-      sum[row + c] = sums[2];
+      dot[row + c] = dots;
+      sum[row + c] = grads;
     }
   }
   if (threadIdx.x == 0) {

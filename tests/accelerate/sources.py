@@ -2,11 +2,8 @@
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Callable
 from functools import partial
-from types import ModuleType
-from typing import Any
 
 import pytest
 import torch
@@ -15,6 +12,10 @@ from torch import Tensor, nn
 timm = pytest.importorskip("timm")
 torchvision = pytest.importorskip("torchvision")
 
+pytest.importorskip("segmentation_models_pytorch")
+
+from segmentation_models_pytorch.base.modules import SCSEModule as SmpSCSEModule  # noqa: E402
+from segmentation_models_pytorch.encoders._senet import SEModule as SmpSEModule  # noqa: E402
 from timm.layers import (  # noqa: E402
     CecaModule,
     Conv2dSame,
@@ -33,50 +34,6 @@ from torchvision.ops.misc import SqueezeExcitation  # noqa: E402
 
 CHANNELS = 24
 
-
-class SmpSEModule(nn.Module):
-    """As the encoders of segmentation_models_pytorch have it, which need not be installed."""
-
-    def __init__(self, channels: int, reduction: int) -> None:
-        super().__init__()
-        self.avg_pool = nn.AdaptiveAvgPool2d(1)
-        self.fc1 = nn.Conv2d(channels, channels // reduction, 1)
-        self.relu = nn.ReLU(inplace=True)
-        self.fc2 = nn.Conv2d(channels // reduction, channels, 1)
-        self.sigmoid = nn.Sigmoid()
-
-    def forward(self, x: Tensor) -> Tensor:
-        return x * self.sigmoid(self.fc2(self.relu(self.fc1(self.avg_pool(x)))))
-
-
-class SmpSCSEModule(nn.Module):
-    """As the decoders of segmentation_models_pytorch have it."""
-
-    def __init__(self, in_channels: int, reduction: int = 16) -> None:
-        super().__init__()
-        self.cSE = nn.Sequential(
-            nn.AdaptiveAvgPool2d(1),
-            nn.Conv2d(in_channels, in_channels // reduction, 1),
-            nn.ReLU(inplace=True),
-            nn.Conv2d(in_channels // reduction, in_channels, 1),
-            nn.Sigmoid(),
-        )
-        self.sSE = nn.Sequential(nn.Conv2d(in_channels, 1, 1), nn.Sigmoid())
-
-    def forward(self, x: Tensor) -> Tensor:
-        return x * self.cSE(x) + x * self.sSE(x)
-
-
-def _as_if_of_smp(cls: type[nn.Module], name: str, qualname: str) -> None:
-    forward: Any = cls.forward
-    cls.__module__, cls.__qualname__ = name, qualname
-    forward.__module__, forward.__qualname__ = name, f"{qualname}.forward"
-    sys.modules[name] = ModuleType(name)
-    setattr(sys.modules[name], qualname, cls)
-
-
-_as_if_of_smp(SmpSEModule, "segmentation_models_pytorch.encoders._senet", "SEModule")
-_as_if_of_smp(SmpSCSEModule, "segmentation_models_pytorch.base.modules", "SCSEModule")
 
 SOURCES: dict[str, Callable[[], nn.Module]] = {
     "se": partial(SEModule, CHANNELS),

@@ -157,7 +157,6 @@ def test_a_network_needs_no_head() -> None:
             return [[nn.Identity()]]
 
     x = torch.randn(1, 3, 4, 4)
-    assert Bare(2, 3).head == ()
     assert torch.equal(Bare(2, 3).without_head()(x)[0], x)
 
 

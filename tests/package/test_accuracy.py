@@ -54,11 +54,14 @@ def test_too_large_for_the_dtype_is_infinite() -> None:
 @pytest.mark.parametrize("wrong", [lambda t: t * (1 + 1e-5), lambda t: t.bfloat16().float()], ids=["scaled", "rounded"])
 @pytest.mark.parametrize("info", OPS.values(), ids=OPS.keys())
 def test_a_small_mistake_is_found_in_every_result(info: OpInfo, wrong: Callable[[Tensor], Tensor]) -> None:
-    sample = info.sample((2, 8, 7, 7))
+    sample = info.sample((2, 16, 7, 7))
     grad = info.gradient(sample)
     right = run(info.reference, sample, grad)
     judge = Judge(info, sample, grad)
     assert not judge.complaints(right)
     for i in range(len(right)):
+        if not right[i].any():  # a gradient that is exactly 0 is so in all dtypes, and scaled
+            assert info.name == "global_context"
+            continue
         results = [wrong(t) if i == j else t for j, t in enumerate(right)]
         assert len(judge.complaints(results)) == 1
