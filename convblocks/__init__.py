@@ -8,7 +8,7 @@ if not (_Path(__file__).parent / "kernels").is_dir() and (_root / "kernels" / "s
 
 import torch as _torch  # noqa: E402, F401  (the compiled part links to its libraries)
 
-from convblocks import backends, models, ops  # noqa: E402
+from convblocks import backends, ops  # noqa: E402
 from convblocks.accelerate import accelerate, is_accelerated, revert  # noqa: E402  (the function hides its package)
 from convblocks.backends import use_backend, why_not  # noqa: E402
 from convblocks.blocks import (  # noqa: E402
@@ -145,3 +145,11 @@ __all__ = [
 ]
 
 backends.select_from_environment()
+
+
+def __getattr__(name: str) -> object:
+    if name == "models":  # when it is asked for: many files
+        import importlib
+
+        return importlib.import_module("convblocks.models")
+    raise AttributeError(f"module 'convblocks' has no attribute {name!r}")
