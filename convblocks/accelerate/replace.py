@@ -218,7 +218,8 @@ def accelerate(
             A depthwise one also takes in the activation after it; so does a norm that has no such convolution before
             it, which is then one pass. All layers keep their parameters, and do their own in training. What the first
             of them alone gives is then what all give; a hook on one of them ends that. The weights of a dense
-            convolution are folded again after each change, but one through ``.data`` only after ``train`` or ``eval``.
+            convolution are folded again after each change; but one that torch does not count (through ``.data``, by
+            ``torch.distributed``) only after ``train``, ``eval`` or a call with gradients.
         dry_run: checks and reports only.
         strict: raises if a module that was asked for cannot be replaced, and replaces none.
 
@@ -256,10 +257,18 @@ def accelerate(
             reason = "filter_fn says no"
         else:
             asked = not isinstance(module, Accelerated)
+        found = folds.get(id(module))
+        if reason is None and found is not None:
+            for label, layer in list(found.layers.items())[1:]:
+                own = f"{name.rpartition('.')[0]}.{label}".lstrip(".")
+                if exclude is not None and _matches(exclude, own, layer):
+                    reason = f"{label}, which would be folded in, is in exclude"
+                elif filter_fn is not None and not filter_fn(layer, own):
+                    reason = f"filter_fn says no to {label}, which would be folded in"
         try:
             if reason is not None:
                 raise Refused(reason)
-            entry, act = _plan(name, module, rule, backend, verify, model, folds.get(id(module)))
+            entry, act = _plan(name, module, rule, backend, verify, model, found)
             acts.append(act)
         except Refused as e:
             entry = Entry(name, rule.source, rule.operation, "", False, str(e))

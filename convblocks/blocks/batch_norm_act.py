@@ -118,6 +118,6 @@ class BatchNormAct2d(nn.BatchNorm2d):
         return INPLACE.get(name, ACTIVATIONS[name])(y)
 
     def extra_repr(self) -> str:
-        words: str = super().extra_repr()  # type: ignore[no-untyped-call]
+        words: str = nn.BatchNorm2d.extra_repr(self)
         slope = f", negative_slope={self.negative_slope}" if self.activation_name == "leaky_relu" else ""
         return f"{words}, activation={self.activation_name}{slope}"

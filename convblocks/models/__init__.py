@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
-from convblocks.models import (  # noqa: F401
+from convblocks.models import (  # noqa: F401  (they register their networks)
     darknet,
     deeplab,
     densenet,

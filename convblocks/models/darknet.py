@@ -5,8 +5,7 @@ from collections import OrderedDict
 from collections.abc import Sequence
 from typing import Any
 
-import torch
-from torch import Tensor, nn
+from torch import nn
 
 from convblocks.blocks.attention import Attention, outside_attention
 from convblocks.blocks.conv_norm_act import ConvNormAct
@@ -105,7 +104,7 @@ class Darknet(Network):
             stages.append(nn.Sequential(OrderedDict(conv_down=down, blocks=nn.Sequential(*blocks))))
         self.stages = nn.Sequential(*stages)
         self.drop = nn.Dropout(drop_rate)
-        self.head = nn.ModuleDict({"fc": classifier(width, num_classes)})
+        self.head = nn.Sequential(OrderedDict(fc=classifier(width, num_classes)))
         self.initialise()
 
     def initialise(self) -> None:
@@ -119,10 +118,6 @@ class Darknet(Network):
     def trunk(self) -> list[list[Any]]:
         first, *others = self.stages
         return [[self.stem, first], *([stage] for stage in others)]
-
-    def forward_head(self, x: Tensor) -> Tensor:
-        y: Tensor = self.head["fc"](self.drop(torch.flatten(nn.functional.adaptive_avg_pool2d(x, 1), 1)))
-        return y
 
 
 register(Darknet, {"darknet53": {"layers": (1, 2, 8, 8, 4)}}, image_size=256)

@@ -4,8 +4,7 @@ from collections import OrderedDict
 from collections.abc import Sequence
 from typing import Any
 
-import torch
-from torch import Tensor, nn
+from torch import nn
 
 from convblocks.blocks.attention import Attention
 from convblocks.blocks.batch_norm_act import BatchNormAct2d
@@ -86,10 +85,6 @@ class DenseNet(Network):
                 stages.append([])
             stages[-1].append(layer)
         return stages
-
-    def forward_head(self, x: Tensor) -> Tensor:
-        y: Tensor = self.classifier(self.drop(torch.flatten(nn.functional.adaptive_avg_pool2d(x, 1), 1)))
-        return y
 
 
 register(

@@ -124,10 +124,6 @@ class Inception(Network):
             if isinstance(layer, nn.Conv2d | nn.Linear) and layer not in attention:
                 nn.init.trunc_normal_(layer.weight, std=deviation)
 
-    def forward_head(self, x: Tensor) -> Tensor:
-        y: Tensor = getattr(self, self.head_layers[0])(self.drop(torch.flatten(F.adaptive_avg_pool2d(x, 1), 1)))
-        return y
-
     def forward(self, x: Tensor) -> Any:
         if self.features_only or not (self.training and self.aux_logits):
             return super().forward(x)

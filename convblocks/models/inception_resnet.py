@@ -202,10 +202,6 @@ class InceptionResNetV2(InceptionResNet):
             [s.mixed_7a, s.repeat_2, s.block8, s.conv2d_7b],
         ]
 
-    def forward_head(self, x: Tensor) -> Tensor:
-        y: Tensor = self.classif(self.drop(torch.flatten(F.adaptive_avg_pool2d(x, 1), 1)))
-        return y
-
 
 register(InceptionResNetV1, {"inception_resnet_v1": {}}, image_size=160)
 register(InceptionResNetV2, {"inception_resnet_v2": {}}, image_size=299)

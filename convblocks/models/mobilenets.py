@@ -4,8 +4,7 @@ from collections.abc import Sequence
 from functools import partial
 from typing import Any
 
-import torch
-from torch import Tensor, nn
+from torch import nn
 
 from convblocks.blocks.arguments import make_divisible
 from convblocks.blocks.attention import Attention, outside_attention
@@ -87,10 +86,6 @@ class MobileNetV1(Network):
     def trunk(self) -> list[list[Any]]:
         first, *others = self.blocks
         return [[self.conv_stem, self.bn1, first], *([stage] for stage in others)]
-
-    def forward_head(self, x: Tensor) -> Tensor:
-        y: Tensor = self.classifier(self.drop(torch.flatten(nn.functional.adaptive_avg_pool2d(x, 1), 1)))
-        return y
 
     def initialise(self) -> None:
         """As the authors' code does: from a normal distribution of deviation 0.09, cut off at twice that."""

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
+from itertools import count
 from typing import Any, ClassVar
 
 import torch
@@ -12,10 +14,11 @@ from convblocks.blocks.attention import outside_attention
 from convblocks.blocks.convert import Layout
 
 
-class Network(nn.Module):
+class Network(nn.Module, ABC):
     """Base of the networks.
 
-    A subclass gives ``trunk`` and ``forward_head``, and calls ``initialise`` at the end of its constructor.
+    A subclass gives ``trunk``, another ``forward_head`` where its own is not the usual one, and calls ``initialise`` at
+    the end of its constructor.
 
     Attributes:
         name: what the messages call it.
@@ -27,6 +30,7 @@ class Network(nn.Module):
     """
 
     least_size: int = 1
+    drop: nn.Module
     head_layers: ClassVar[tuple[str, ...]] = ()
     native: ClassVar[str] = "convblocks"
     layouts: ClassVar[tuple[Layout, ...]] = ()
@@ -46,13 +50,15 @@ class Network(nn.Module):
             raise RuntimeError(f"{self.name}: expected norms with what follows them, got nn.SyncBatchNorm, {words}")
         return super().train(mode)
 
+    @abstractmethod
     def trunk(self) -> list[list[Any]]:
         """Layers that are applied in turn; each list ends in a map of its own resolution or purpose."""
-        raise NotImplementedError
 
     def forward_head(self, x: Tensor) -> Tensor:
-        """From the last map to the classes."""
-        raise NotImplementedError
+        """From the last map to the classes: the mean of its pixels, ``drop``, and the first of ``head_layers``."""
+        pooled = torch.flatten(nn.functional.adaptive_avg_pool2d(x, 1), 1)
+        classes: Tensor = getattr(self, self.head_layers[0])(self.drop(pooled))
+        return classes
 
     def without_head(self) -> Network:
         """Makes it return the map at the end of each stage, a list; its head is deleted."""
@@ -89,14 +95,24 @@ class Network(nn.Module):
 
         From runs without numbers: how much each map grows with the image.
         """
-        size = 32 * -(-max(256, 2 * self.least_size) // 32)
+        maps, found, sizes = _Maps(self), [], []
         tensors = {f"network.{k}": t.to("meta") for k, t in self.state_dict(keep_vars=True).items()}
-        maps, found = _Maps(self), []
         with torch.no_grad():
-            for pixels in (size, 2 * size):
-                image = torch.empty(2, self.in_channels, pixels, pixels, device="meta")
-                found.append(torch.func.functional_call(maps, tensors, image))
-        return [(a.shape[1], round(size / (b.shape[2] - a.shape[2]))) for a, b in zip(*found, strict=True)]
+            for least in (max(256, 2 * self.least_size), 2 * max(256, 2 * self.least_size)):
+                sizes.append(next(n for n in count(32 * -(-least // 32)) if self._takes(n)))
+                found.append(torch.func.functional_call(maps, tensors, self._image(sizes[-1])))
+        more = sizes[1] - sizes[0]
+        return [(a.shape[1], round(more / (b.shape[2] - a.shape[2]))) for a, b in zip(*found, strict=True)]
+
+    def _image(self, size: int) -> Tensor:
+        return torch.empty(2, self.in_channels, size, size, device="meta")
+
+    def _takes(self, size: int) -> bool:
+        try:
+            self.check(self._image(size))
+        except ValueError:
+            return False
+        return True
 
     def check(self, x: Tensor) -> None:
         if isinstance(x, torch.fx.Proxy) or isinstance(x.shape[0], Tensor):  # traced: sizes are not known
@@ -134,9 +150,9 @@ class SegmentationNetwork(Network):
     A subclass gives ``decode`` instead of ``forward_head``.
     """
 
+    @abstractmethod
     def decode(self, maps: list[Tensor], height: int, width: int) -> Any:
         """From the maps of the trunk to the classes of the pixels of an image of this size."""
-        raise NotImplementedError
 
     def forward(self, x: Tensor) -> Any:
         maps = self.forward_maps(x)

@@ -5,7 +5,6 @@ from collections.abc import Sequence
 from itertools import pairwise
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 
 from convblocks.blocks.attention import Attention
@@ -72,7 +71,9 @@ class ParNet(Network):
         )
         self.combine = fusion(planes[-1], planes[-1], 1).append(block(planes[-1], last, 2))
         self.drop = nn.Dropout(drop_rate)
-        self.head = nn.ModuleDict({"fc": classifier(last, num_classes)})  # all layers start as torch's, as the authors'
+        self.head = nn.Sequential(
+            OrderedDict(fc=classifier(last, num_classes))
+        )  # all layers start as torch's, as the authors'
 
     def trunk(self) -> list[list[Any]]:
         after = [*self.downsamples_2, self.combine]
@@ -91,10 +92,6 @@ class ParNet(Network):
 
     def forward_features(self, x: Tensor) -> Tensor:
         return self.forward_maps(x)[-1]
-
-    def forward_head(self, x: Tensor) -> Tensor:
-        y: Tensor = self.head["fc"](self.drop(torch.flatten(nn.functional.adaptive_avg_pool2d(x, 1), 1)))
-        return y
 
     def fuse(self) -> ParNet:
         """Makes one convolution of the two in each block, as they are in evaluation: ``ParNetBlock.fuse``."""

@@ -4,8 +4,7 @@ from collections.abc import Sequence
 from functools import partial
 from typing import Any
 
-import torch
-from torch import Tensor, nn
+from torch import nn
 
 from convblocks.blocks.attention import Attention
 from convblocks.blocks.batch_norm_act import BatchNormAct2d
@@ -149,10 +148,6 @@ class ResNet(Network):
     def trunk(self) -> list[list[Any]]:
         s = self
         return [[s.conv1, s.bn1], [s.maxpool, s.layer1], [s.layer2], [s.layer3], [s.layer4]]
-
-    def forward_head(self, x: Tensor) -> Tensor:
-        y: Tensor = self.fc(self.drop(torch.flatten(nn.functional.adaptive_avg_pool2d(x, 1), 1)))
-        return y
 
 
 _BASIC: dict[str, dict[str, Any]] = {

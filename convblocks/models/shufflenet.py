@@ -5,7 +5,7 @@ from collections.abc import Sequence
 from itertools import pairwise
 from typing import Any
 
-from torch import Tensor, nn
+from torch import nn
 
 from convblocks.blocks.arguments import positive
 from convblocks.blocks.attention import Attention
@@ -132,10 +132,6 @@ class ShuffleNetV2(ShuffleNet):
         s = self
         return [[s.conv1], [s.maxpool], [s.stage2], [s.stage3], [s.stage4, s.conv5]]
 
-    def forward_head(self, x: Tensor) -> Tensor:
-        y: Tensor = self.fc(self.drop(x.mean((2, 3))))
-        return y
-
 
 _CHANNELS = {1: 144, 2: 200, 3: 240, 4: 272, 8: 384}  # of the first group of units, by the groups of convolutions
 
@@ -220,10 +216,6 @@ class ShuffleNetV1(ShuffleNet):
         ends = [sum(self.repeats[:i]) for i in range(4)]
         groups = [list(self.features[a:b]) for a, b in pairwise(ends)]
         return [[self.first_conv], [self.maxpool], *groups]
-
-    def forward_head(self, x: Tensor) -> Tensor:
-        y: Tensor = self.classifier(self.drop(x.mean((2, 3))))
-        return y
 
 
 register(

@@ -2,9 +2,7 @@ from __future__ import annotations
 
 from typing import Any
 
-import torch
-import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import nn
 
 from convblocks.blocks.attention import Attention
 from convblocks.blocks.batch_norm_act import BatchNormAct2d
@@ -89,10 +87,6 @@ class Xception(Network):
             blocks[2:-1],
             [blocks[-1], s.conv3, s.bn3, s.conv4, s.bn4],
         ]
-
-    def forward_head(self, x: Tensor) -> Tensor:
-        y: Tensor = self.fc(self.drop(torch.flatten(F.adaptive_avg_pool2d(x, 1), 1)))
-        return y
 
 
 register(Xception, {"xception": {}}, image_size=299)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import re
+from typing import Any
 
 import pytest
 import torch
@@ -128,3 +129,13 @@ def test_a_residual_in_a_sequential() -> None:
         with pytest.raises(RuntimeError, match="BatchNormAct2d: expected no residual in a Sequential that is folded"):
             fast.bn(fast.conv(X), X)
     torch.testing.assert_close(fast.bn(fast.conv(X), X), model.bn(model.conv(X), X))
+
+
+def test_exclude_and_filter_hold_for_what_is_folded_in() -> None:
+    options: list[dict[str, Any]] = [{"exclude": "1"}, {"filter_fn": lambda module, name: name != "1"}]
+    for option in options:
+        model = nn.Sequential(nn.Conv2d(3, 4, 1), nn.BatchNorm2d(4)).eval()
+        report = convblocks.accelerate(model, fold_bn=True, **option)
+        assert not report.replaced
+        assert "1, which would be folded in" in report.skipped[0].reason
+        assert type(model[1]) is nn.BatchNorm2d

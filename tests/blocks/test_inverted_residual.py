@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import partial
 from typing import Any
 
 import pytest
@@ -40,7 +41,7 @@ def test_inverted_residual_is_torchvisions(c: int, out: int, stride: int, expand
 
 @pytest.mark.parametrize(("c", "out", "stride", "expand"), [(16, 24, 2, 4), (24, 24, 1, 6), (24, 24, 1, 1)])
 def test_mbconv_is_torchvisions(c: int, out: int, stride: int, expand: int) -> None:
-    norm = lambda channels: nn.BatchNorm2d(channels, eps=1e-3)  # noqa: E731
+    norm = partial(nn.BatchNorm2d, eps=1e-3)
     theirs = randomised(lambda: TheirMBConv(MBConvConfig(expand, 3, stride, c, out, 1), 0.0, norm))
     _same(MBConv(c, out, stride, expand), theirs, c)
     theirs = randomised(lambda: TheirFusedMBConv(FusedMBConvConfig(expand, 3, stride, c, out, 1), 0.0, norm))

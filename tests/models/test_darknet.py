@@ -146,7 +146,7 @@ def test_its_stages_and_head_are_layers() -> None:
     torch.testing.assert_close(model.stages(model.stem(x)), model.forward_features(x))
     doubled = {key: value * 2 if key == "head.fc.bias" else value for key, value in model.state_dict().items()}
     y = torch.func.functional_call(model, doubled, (x,))
-    torch.testing.assert_close(y, model(x) + model.head["fc"].bias)
+    torch.testing.assert_close(y, model(x) + model.head.fc.bias)
     assert not hasattr(model.without_head(), "head")
     assert not [key for key in model.state_dict() if key.startswith("head")]
 

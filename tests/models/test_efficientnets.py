@@ -41,7 +41,7 @@ def test_is_torchvisions() -> None:
         (FusedMBConvConfig if fused else MBConvConfig)(expand, 3, stride, c, out, count)
         for c, (fused, expand, out, count, stride) in zip((24, 24, 48, 64), SHORT, strict=True)
     ]
-    norm = lambda channels: nn.BatchNorm2d(channels, eps=1e-3)  # noqa: E731
+    norm = partial(nn.BatchNorm2d, eps=1e-3)
     make = torchvision.models.efficientnet.EfficientNet
     theirs = without_rounding(randomised(lambda: make(configs, 0.0, 0.0, norm_layer=norm, last_channel=1280)))
     ours = without_rounding(EfficientNetV2(SHORT, drop_rate=0.0, drop_path_rate=0.0))

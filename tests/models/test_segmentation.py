@@ -163,6 +163,7 @@ def test_the_papers_unet() -> None:
             model(torch.empty(1, 3, 572, 573))
         with pytest.raises(ValueError, match="at least 188 x 188 pixels, got 187 x 572"):
             model(torch.empty(1, 3, 187, 572))
+    assert create("unet", base=4, **PAPER).feature_info() == [(4 << i, 1 << i) for i in range(5)]
     x = torch.arange(49.0).view(1, 1, 7, 7)
     assert torch.equal(centre_crop(x, 4, 3), x[:, :, 1:5, 2:5])
     small = create("unet", base=4, depth=1, up="nearest", skip_first=False, **PAPER)
