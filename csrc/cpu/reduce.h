@@ -136,7 +136,7 @@ CONVBLOCKS_LOOP inline void reduce_together(int64_t n, Acc<T>* out, int64_t stri
 // And for the planes in [begin, end), of n pixels each; how a plane is summed depends on n only.
 template <class T, int K, class F>
 CONVBLOCKS_LOOP inline void reduce_planes(int64_t begin, int64_t end, int64_t n, Acc<T>* out, int64_t stride, F f) {
-  constexpr int64_t kShort = 1024;
+  constexpr int64_t kShort = 8 * kLanes<T>;  // longer sums are more exact in the accumulators of reduce_plane
   constexpr int G = std::max(1, kLanes<T> / 2);
   int64_t first = begin;
   const auto together = [=]<int N>(int64_t at, std::integral_constant<int, N>) CONVBLOCKS_LOOP {
