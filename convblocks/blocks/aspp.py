@@ -12,6 +12,7 @@ from convblocks.blocks.arguments import positive
 from convblocks.blocks.batch_norm_act import BatchNormAct2d
 from convblocks.blocks.conv_norm_act import ConvNormAct
 from convblocks.blocks.depthwise_conv2d import DepthwiseConv2d
+from convblocks.blocks.fused import Layers
 from convblocks.blocks.layers import is_plain
 
 
@@ -59,8 +60,8 @@ class ASPP(nn.Module):
             positive("ASPP", "each of atrous_rates", rate)
             if separable:
                 depthwise = DepthwiseConv2d(c, c, 3, 1, rate, rate, bias=False)
-                conv = nn.Sequential(depthwise, nn.Conv2d(c, out, 1, bias=False))
-                branches.append(nn.Sequential(conv, BatchNormAct2d(out, "relu", inplace=True)))
+                conv = Layers(depthwise, nn.Conv2d(c, out, 1, bias=False))
+                branches.append(Layers(conv, BatchNormAct2d(out, "relu", inplace=True)))
             else:
                 branches.append(ConvNormAct(c, out, 3, dilation=rate, names=("0", "1")))
         branches.append(nn.Sequential(nn.AdaptiveAvgPool2d(1), *ConvNormAct(c, out, 1)))

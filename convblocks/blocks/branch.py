@@ -3,6 +3,7 @@ from __future__ import annotations
 from torch import Tensor, nn
 
 from convblocks.blocks.batch_norm_act import BatchNormAct2d
+from convblocks.blocks.fused import run_layers
 
 
 class Branch(nn.Sequential):
@@ -15,8 +16,5 @@ class Branch(nn.Sequential):
         return ((before, last),) if before and isinstance(self[-1], BatchNormAct2d) else ()
 
     def forward(self, input: Tensor, residual: Tensor | None = None) -> Tensor:
-        *layers, last = self
-        for layer in layers:
-            input = layer(input)
-        y: Tensor = last(input) if residual is None else last(input, residual)
+        y: Tensor = run_layers(self, input, residual)
         return y

@@ -8,9 +8,10 @@ from torch import nn
 from convblocks.blocks.arguments import Layer, positive
 from convblocks.blocks.batch_norm_act import BatchNormAct2d
 from convblocks.blocks.depthwise_conv2d import DepthwiseConv2d, Pair
+from convblocks.blocks.fused import Layers
 
 
-class ConvNormAct(nn.Sequential):
+class ConvNormAct(Layers):
     """A convolution, the batch norm of what comes of it, and an activation.
 
     A convolution with a filter for each channel is a ``DepthwiseConv2d``, norm and activation are one

@@ -4,22 +4,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from convblocks import backends
 from convblocks.blocks.arguments import positive
 from convblocks.blocks.attention import Attention, attention_layer
 from convblocks.blocks.batch_norm_act import BatchNormAct2d
-
-
-def _of_inference(x: Tensor) -> bool:
-    """Whether no gradient is wanted and the layers run as they are called."""
-    return not (
-        torch.is_grad_enabled()
-        or torch.compiler.is_compiling()
-        or isinstance(x, torch.fx.Proxy)
-        or torch._C._functorch.maybe_current_level() is not None
-        or backends.selected == "reference"
-        or (not x.is_meta and torch.is_autocast_enabled(x.device.type))
-    )
+from convblocks.blocks.fused import convolve, of_inference
 
 
 class DenseLayer(nn.Module):
@@ -72,9 +60,8 @@ class DenseLayer(nn.Module):
         self.drop_rate = drop_rate
 
     def forward(self, x: Tensor) -> Tensor:
-        y: Tensor = self.conv1(self.norm1(x))
-        if self.reduces:
-            y = self.conv2(self.norm2(y))
+        y: Tensor = self.norm1(x)
+        y = convolve(self.conv2, convolve(self.conv1, y, self.norm2)) if self.reduces else convolve(self.conv1, y)
         y = y if self.se is None else self.se(y)
         return F.dropout(y, self.drop_rate, self.training) if self.drop_rate else y
 
@@ -124,7 +111,7 @@ class DenseBlock(nn.Module):
         self.out_channels = in_channels + layers * growth_rate
 
     def forward(self, x: Tensor) -> Tensor:
-        if _of_inference(x):
+        if of_inference(x):
             return self._into_one_map(x)
         for layer in self.children():
             x = torch.cat((x, layer(x)), 1)
@@ -174,8 +161,7 @@ class Transition(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         y = self.norm(x)
-        if _of_inference(x):
-            first: Tensor = self.conv(self.pool(y))
-            return first
+        if of_inference(x):
+            return convolve(self.conv, self.pool(y))
         then: Tensor = self.pool(self.conv(y))
         return then

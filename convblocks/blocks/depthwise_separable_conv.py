@@ -8,6 +8,7 @@ from torch import Tensor, nn
 from convblocks.blocks.arguments import Layer, function_name, positive
 from convblocks.blocks.attention import Attention, attention_layer
 from convblocks.blocks.depthwise_conv2d import DepthwiseConv2d, Pair
+from convblocks.blocks.fused import convolve
 from convblocks.ops.gate import ACTIVATIONS
 
 
@@ -96,12 +97,13 @@ class DepthwiseSeparableConv(nn.Module):
         self.skip = skip and c == out and self.conv_dw.stride == (1, 1)
 
     def forward(self, x: Tensor) -> Tensor:
-        y = self.conv_dw(x)
-        if not isinstance(self.bn1, nn.Identity):
-            y = ACTIVATIONS[self.dw_act](self.bn1(y))
+        if isinstance(self.bn1, nn.Identity):
+            y = self.conv_dw(x)
+        else:
+            y = convolve(self.conv_dw, x, self.bn1, activation=self.dw_act)
         if self.se is not None:
             y = self.se(y)
-        y = ACTIVATIONS[self.pw_act](self.bn2(self.conv_pw(y)))
+        y = convolve(self.conv_pw, y, None if isinstance(self.bn2, nn.Identity) else self.bn2, activation=self.pw_act)
         return x + y if self.skip else y
 
     def extra_repr(self) -> str:

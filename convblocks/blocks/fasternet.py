@@ -9,6 +9,7 @@ from convblocks.blocks.arguments import Layer, function_of, positive
 from convblocks.blocks.attention import Attention, attention_layer
 from convblocks.blocks.batch_norm_act import BatchNormAct2d
 from convblocks.blocks.drop_path import check_drop_path, drop_path
+from convblocks.blocks.fused import Layers, run_layers
 from convblocks.blocks.partial_conv import PartialConv
 
 _ACTIVATIONS = {"relu": nn.ReLU, "gelu": nn.GELU, "silu": nn.SiLU, "hardswish": nn.Hardswish, "relu6": nn.ReLU6}
@@ -77,7 +78,7 @@ class FasterNetBlock(nn.Module):
             act = nn.Identity()
         else:
             norm = (norm_layer or nn.BatchNorm2d)(hidden, device=device, dtype=dtype)
-        self.mlp = nn.Sequential(
+        self.mlp = Layers(
             nn.Conv2d(dim, hidden, 1, bias=False, device=device, dtype=dtype),
             norm,
             act,
@@ -90,7 +91,11 @@ class FasterNetBlock(nn.Module):
         self.drop_path = check_drop_path("FasterNetBlock", drop_path)
 
     def forward(self, x: Tensor) -> Tensor:
-        y: Tensor = self.mlp(self.spatial_mixing(x))
+        y: Tensor = self.spatial_mixing(x)
+        if self.se is None and self.layer_scale is None and (self.drop_path == 0 or not self.training):
+            added: Tensor = run_layers(self.mlp, y, x)
+            return added
+        y = self.mlp(y)
         y = y if self.se is None else self.se(y)
         if self.layer_scale is not None:
             y = y * self.layer_scale[:, None, None]

@@ -1,12 +1,12 @@
 from __future__ import annotations
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from convblocks.blocks.arguments import positive
 from convblocks.blocks.attention import Attention, attention_layer
 from convblocks.blocks.drop_path import check_drop_path, drop_path
+from convblocks.blocks.fused import convolve
 
 
 class Fire(nn.Module):
@@ -63,8 +63,8 @@ class Fire(nn.Module):
         self.se = attention_layer("Fire", attention, one + three)
 
     def forward(self, x: Tensor) -> Tensor:
-        s = F.relu(self.squeeze(x), inplace=True)
-        y = F.relu(torch.cat((self.expand1x1(s), self.expand3x3(s)), 1), inplace=True)
+        s = convolve(self.squeeze, x, activation="relu")
+        y = torch.cat([convolve(expand, s, activation="relu") for expand in (self.expand1x1, self.expand3x3)], 1)
         y = y if self.se is None else self.se(y)
         return drop_path(y, self.drop_path, self.training) + x if self.bypass else y
 

@@ -14,6 +14,7 @@ from convblocks.blocks.batch_norm_act import BatchNormAct2d
 from convblocks.blocks.conv_norm_act import ConvNormAct
 from convblocks.blocks.depthwise_conv2d import DepthwiseConv2d
 from convblocks.blocks.drop_path import check_drop_path, drop_path
+from convblocks.blocks.fused import Layers, convolve
 from convblocks.blocks.squeeze_excite import SqueezeExcite
 
 _SE = partial(SqueezeExcite, rd_ratio=1 / 4, rd_round_fn=partial(make_divisible, divisor=4), gate_layer="hardsigmoid")
@@ -78,7 +79,7 @@ class GhostModule(nn.Module):
         self.short_conv: nn.Module | None = None
         if decoupled:
             linear = partial(ConvNormAct, activation="none", device=device, dtype=dtype)
-            self.short_conv = nn.Sequential(
+            self.short_conv = Layers(
                 *linear(c, out, kernel_size, stride),
                 *linear(out, out, (1, 5), groups=out),
                 *linear(out, out, (5, 1), groups=out),
@@ -159,15 +160,15 @@ class GhostBottleneck(nn.Module):
             self.chains = (("conv_dw", "bn_dw"),)
         self.se = attention_layer(name, _SE if attention == "se" else attention, mid)
         self.ghost2 = GhostModule(mid, out, activation="none", **own)
-        self.shortcut = nn.Sequential()
+        self.shortcut = Layers()
         if stride > 1 or c != out:
             depthwise = ConvNormAct(c, c, kernel_size, stride, groups=c, activation="none", **own)
-            self.shortcut = nn.Sequential(*depthwise, *ConvNormAct(c, out, 1, activation="none", **own))
+            self.shortcut = Layers(*depthwise, *ConvNormAct(c, out, 1, activation="none", **own))
 
     def forward(self, x: Tensor) -> Tensor:
         y = self.ghost1(x)
         if self.chains:
-            y = self.bn_dw(self.conv_dw(y))
+            y = convolve(self.conv_dw, y, self.bn_dw)
         y = y if self.se is None else self.se(y)
         shortcut: Tensor = self.shortcut(x)
         return drop_path(self.ghost2(y), self.drop_path, self.training) + shortcut

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from convblocks.blocks.attention import Attention
 from convblocks.blocks.depthwise_conv2d import Pair
 from convblocks.blocks.drop_path import check_drop_path, drop_path
+from convblocks.blocks.fused import convolve
 from convblocks.blocks.inception import InceptionBranches
 from convblocks.ops.scale_shift_act import operator
 
@@ -73,7 +74,7 @@ class InceptionResidual(InceptionBranches):
         return self.in_channels
 
     def forward(self, x: Tensor) -> Tensor:
-        y = self.conv2d(self.concatenate(x))
+        y = convolve(self.conv2d, self.concatenate(x))
         y = y if self.se is None else self.se(y)
         mixed = not isinstance(x, torch.fx.Proxy) and x.dtype != y.dtype  # autocast began here
         if not self.training and not mixed:  # the scale, the sum and the activation in one pass

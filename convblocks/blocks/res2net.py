@@ -7,6 +7,7 @@ from torch import Tensor, nn
 from convblocks.blocks.arguments import positive
 from convblocks.blocks.attention import Attention
 from convblocks.blocks.batch_norm_act import BatchNormAct2d
+from convblocks.blocks.fused import convolve
 from convblocks.blocks.resnet import ResidualBlock
 
 
@@ -86,13 +87,15 @@ class Res2NetBottleneck(ResidualBlock):
         self.downsample = downsample
 
     def forward(self, x: Tensor) -> Tensor:
-        parts = self.bn1(self.conv1(x)).chunk(self.scale, 1)
+        parts = convolve(self.conv1, x, self.bn1).chunk(self.scale, 1)
         made: list[Tensor] = []
         for part, conv, bn in zip(parts, self.convs, self.bns, strict=False):
-            made.append(bn(conv(part + made[-1] if made and self.kind == "normal" else part)))
+            part = part + made[-1] if made and self.kind == "normal" else part
+            made.append(convolve(conv, part, bn))
         if self.scale > 1:
             made.append(parts[-1] if self.kind == "normal" else F.avg_pool2d(parts[-1], 3, self.stride, 1))
-        return self.end(self.conv3(self.between(torch.cat(made, 1))), self.bn3, x)
+        y = torch.cat(made, 1)
+        return self.end(convolve, self.conv3, y if self.middle is None else self.middle(y), self.bn3, x)
 
     def extra_repr(self) -> str:
         return f"kind={self.kind}, scale={self.scale}"

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import ClassVar
 
 import torch.nn.functional as F
@@ -9,6 +10,7 @@ from convblocks.blocks.arguments import positive
 from convblocks.blocks.attention import Attention, attention_layer
 from convblocks.blocks.batch_norm_act import BatchNormAct2d
 from convblocks.blocks.drop_path import check_drop_path, drop_path
+from convblocks.blocks.fused import convolve
 
 
 class ResidualBlock(nn.Module):
@@ -45,21 +47,25 @@ class ResidualBlock(nn.Module):
         alone = self.se is None and self.drop_path == 0
         return BatchNormAct2d(channels, "relu" if alone else "none", inplace=True)
 
-    def between(self, y: Tensor) -> Tensor:
-        attended: Tensor = y if self.middle is None else self.middle(y)
-        return attended
+    def attended(self, conv: nn.Module, y: Tensor, norm: nn.Module, residual: Tensor | None = None) -> Tensor:
+        """``norm(conv(y), residual)``, with the attention that stands between."""
+        if self.middle is None:
+            return convolve(conv, y, norm, residual)
+        y = self.middle(conv(y))
+        normed: Tensor = norm(y) if residual is None else norm(y, residual)
+        return normed
 
-    def end(self, y: Tensor, norm: nn.Module, x: Tensor) -> Tensor:
-        """From the map before the last norm and the block's input to its output."""
+    def end(self, last: Callable[..., Tensor], conv: nn.Module, y: Tensor, norm: nn.Module, x: Tensor) -> Tensor:
+        """From what the last convolution is given and the block's input to its output; ``last`` is ``convolve`` or like
+        it."""
         shortcut: Tensor = x if self.downsample is None else self.downsample(x)
         if isinstance(norm, BatchNormAct2d):
             alone = self.se is None and self.drop_path == 0
             if norm.activation_name != ("relu" if alone else "none"):  # attention or drop path were set since
                 norm.activation_name = "relu" if alone else "none"
             if alone:
-                fused: Tensor = norm(y, shortcut)
-                return fused
-        y = norm(y)
+                return last(conv, y, norm, shortcut)
+        y = last(conv, y, norm)
         y = y if self.se is None else self.se(y)
         return F.relu(drop_path(y, self.drop_path, self.training) + shortcut, inplace=True)
 
@@ -114,8 +120,8 @@ class BasicBlock(ResidualBlock):
         self.downsample = downsample
 
     def forward(self, x: Tensor) -> Tensor:
-        y = self.bn1(self.conv1(x))
-        return self.end(self.between(self.conv2(y)), self.bn2, x)
+        y = convolve(self.conv1, x, self.bn1)
+        return self.end(self.attended, self.conv2, y, self.bn2, x)
 
 
 class Bottleneck(ResidualBlock):
@@ -180,5 +186,5 @@ class Bottleneck(ResidualBlock):
         self.downsample = downsample
 
     def forward(self, x: Tensor) -> Tensor:
-        y = self.between(self.conv2(self.bn1(self.conv1(x))))
-        return self.end(self.conv3(self.bn2(y)), self.bn3, x)
+        y = self.attended(self.conv2, convolve(self.conv1, x, self.bn1), self.bn2)
+        return self.end(convolve, self.conv3, y, self.bn3, x)

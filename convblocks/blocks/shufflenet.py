@@ -11,6 +11,7 @@ from convblocks.blocks.branch import Branch
 from convblocks.blocks.channel_shuffle import ChannelShuffle
 from convblocks.blocks.depthwise_conv2d import DepthwiseConv2d
 from convblocks.blocks.drop_path import check_drop_path, drop_path
+from convblocks.blocks.fused import Layers
 from convblocks.ops.concat_shuffle import concat_shuffle
 
 
@@ -77,8 +78,8 @@ class ShuffleNetV2Unit(nn.Module):
             )
             return [conv, norm(channels, "none")]
 
-        self.branch1 = nn.Sequential(*depthwise(c), *pointwise(c)) if stride > 1 else nn.Sequential()
-        self.branch2 = nn.Sequential(*pointwise(c if stride > 1 else half), *depthwise(half), *pointwise(half))
+        self.branch1 = Layers(*depthwise(c), *pointwise(c)) if stride > 1 else Layers()
+        self.branch2 = Layers(*pointwise(c if stride > 1 else half), *depthwise(half), *pointwise(half))
         self.se = attention_layer(name, attention, half)
 
     def forward(self, x: Tensor) -> Tensor:

@@ -7,6 +7,7 @@ from torch import Tensor, nn
 from convblocks.blocks.arguments import positive
 from convblocks.blocks.attention import Attention, attention_layer
 from convblocks.blocks.batch_norm_act import BatchNormAct2d
+from convblocks.blocks.fused import Layers
 from convblocks.ops.checks import one_of
 
 UPS = ("transpose", "bilinear", "nearest")
@@ -61,7 +62,7 @@ class DoubleConv(nn.Module):
             layers.append(BatchNormAct2d(to, "relu", inplace=True) if norm else nn.ReLU(inplace=True))
             layers.append(nn.Identity())  # where others have the ReLU
             c = to
-        self.double_conv = nn.Sequential(*layers)
+        self.double_conv = Layers(*layers)
         self.se = attention_layer(name, attention, out)
 
     def forward(self, x: Tensor) -> Tensor:
@@ -148,7 +149,7 @@ class UNetUp(nn.Module):
         if up == "transpose":
             self.up: nn.Module = nn.ConvTranspose2d(c, beside, 2, 2)
         elif up == "nearest":
-            self.up = nn.Sequential(nn.Upsample(scale_factor=2), nn.Conv2d(c, beside, 1))
+            self.up = Layers(nn.Upsample(scale_factor=2), nn.Conv2d(c, beside, 1))
         else:
             self.up = nn.Upsample(scale_factor=2, mode="bilinear", align_corners=True)
             enlarged, mid = c, (c + beside) // 2

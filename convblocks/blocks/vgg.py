@@ -5,9 +5,10 @@ from torch import nn
 from convblocks.blocks.arguments import positive
 from convblocks.blocks.attention import Attention, attention_layer
 from convblocks.blocks.batch_norm_act import BatchNormAct2d
+from convblocks.blocks.fused import Layers
 
 
-class VGGBlock(nn.Sequential):
+class VGGBlock(Layers):
     """VGG's block: 3x3 convolutions, each with a ReLU, then a pool that halves height and width.
 
     ``maxpool(se(relu(conv(... relu(conv(x))))))``, with a norm after each convolution where asked for. Simonyan and

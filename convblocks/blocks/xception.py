@@ -9,12 +9,13 @@ from convblocks.blocks.attention import Attention, attention_layer
 from convblocks.blocks.batch_norm_act import BatchNormAct2d
 from convblocks.blocks.depthwise_conv2d import DepthwiseConv2d
 from convblocks.blocks.drop_path import check_drop_path, drop_path
+from convblocks.blocks.fused import Layers, convolve, run_layers
 
 
 def xception_conv(in_channels: int, out_channels: int) -> nn.Sequential:
     """A depthwise-separable convolution with nothing between its two, under the names of timm's."""
     depthwise = DepthwiseConv2d(in_channels, in_channels, 3, padding=1, bias=False)
-    return nn.Sequential(OrderedDict(conv1=depthwise, pointwise=nn.Conv2d(in_channels, out_channels, 1, bias=False)))
+    return Layers(OrderedDict(conv1=depthwise, pointwise=nn.Conv2d(in_channels, out_channels, 1, bias=False)))
 
 
 class XceptionBlock(nn.Module):
@@ -63,7 +64,7 @@ class XceptionBlock(nn.Module):
         last, stride = positive(name, "layers", layers) - 1, positive(name, "stride", stride)
         self.skip = nn.Conv2d(c, out, 1, stride, bias=False) if c != out or stride > 1 else None
         self.skipbn = None if self.skip is None else BatchNormAct2d(out, eps=norm_eps)
-        self.rep = nn.Sequential()
+        self.rep = Layers()
         if start_with_relu:
             self.rep.append(nn.ReLU())  # not in place: the shortcut takes the input as it is
         for i in range(layers):
@@ -80,11 +81,8 @@ class XceptionBlock(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         if self.skip is None and self.se is None and self.drop_path == 0:
-            y = x
-            for layer in self.rep[:-1]:
-                y = layer(y)
-            fused: Tensor = self.rep[-1](y, x)
+            fused: Tensor = run_layers(self.rep, x, x)
             return fused
         y = self.rep(x)
         y = drop_path(y if self.se is None else self.se(y), self.drop_path, self.training)
-        return x + y if self.skip is None or self.skipbn is None else self.skipbn(self.skip(x), y)
+        return x + y if self.skip is None or self.skipbn is None else convolve(self.skip, x, self.skipbn, y)

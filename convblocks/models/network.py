@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from convblocks.blocks.arguments import positive
 from convblocks.blocks.attention import outside_attention
 from convblocks.blocks.convert import Layout
+from convblocks.blocks.fused import arranged, run_layers
 
 
 class Network(nn.Module, ABC):
@@ -70,18 +71,18 @@ class Network(nn.Module, ABC):
     def forward_features(self, x: Tensor) -> Tensor:
         """The last map."""
         self.check(x)
+        x = arranged(x)
         for stage in self.trunk():
-            for layer in stage:
-                x = layer(x)
+            x = run_layers(stage, x)
         return x
 
     def forward_maps(self, x: Tensor) -> list[Tensor]:
         """The map at the end of each stage."""
         self.check(x)
+        x = arranged(x)
         maps = []
         for stage in self.trunk():
-            for layer in stage:
-                x = layer(x)
+            x = run_layers(stage, x)
             maps.append(x)
         return maps
 

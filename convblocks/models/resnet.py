@@ -10,15 +10,16 @@ from convblocks.blocks.attention import Attention
 from convblocks.blocks.batch_norm_act import BatchNormAct2d
 from convblocks.blocks.conv_norm_act import ConvNormAct
 from convblocks.blocks.convert import Layout, rename
+from convblocks.blocks.fused import Layers
 from convblocks.blocks.global_context import GlobalContext
 from convblocks.blocks.resnet import BasicBlock, Bottleneck, ResidualBlock
 from convblocks.models.network import Network, classifier
 from convblocks.models.registry import register
 
 
-def _deep_stem(in_channels: int, widths: tuple[int, int]) -> nn.Sequential:
+def _deep_stem(in_channels: int, widths: tuple[int, int]) -> nn.Module:
     first, second = widths
-    return nn.Sequential(
+    return Layers(
         nn.Conv2d(in_channels, first, 3, 2, 1, bias=False),
         BatchNormAct2d(first, "relu", inplace=True),
         nn.Identity(),
@@ -143,7 +144,7 @@ class ResNet(Network):
             return ConvNormAct(channels, out, 1, stride, activation="none", names=("0", "1"))
         pool = nn.AvgPool2d(stride, stride, ceil_mode=True, count_include_pad=False) if stride > 1 else nn.Identity()
         conv = ConvNormAct(channels, out, 1, activation="none")
-        return nn.Sequential(pool, *conv)
+        return Layers(pool, *conv)
 
     def trunk(self) -> list[list[Any]]:
         s = self

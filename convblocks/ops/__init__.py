@@ -5,6 +5,7 @@ from convblocks.ops.channel_attention import channel_attention
 from convblocks.ops.channel_pool import channel_pool
 from convblocks.ops.channel_shuffle import channel_shuffle
 from convblocks.ops.concat_shuffle import concat_shuffle
+from convblocks.ops.dense_conv2d import dense_conv2d
 from convblocks.ops.depthwise_conv2d import depthwise_conv2d
 from convblocks.ops.eca import eca
 from convblocks.ops.global_context import global_context
@@ -21,6 +22,7 @@ __all__ = [
     "channel_pool",
     "channel_shuffle",
     "concat_shuffle",
+    "dense_conv2d",
     "depthwise_conv2d",
     "eca",
     "global_context",

@@ -72,15 +72,15 @@ def output_size(
     return [x.shape[0], weight.shape[0], *sides]
 
 
-def _pair(value: Pair) -> Sequence[int]:
+def pair(value: Pair) -> Sequence[int]:
     return (value, value) if isinstance(value, int) else value
 
 
 def four(padding: Padding, x: Tensor, weight: Tensor, stride: Sequence[int], dilation: Sequence[int]) -> Sequence[int]:
     """Left, right, top and bottom."""
     if isinstance(padding, (int, Sequence)) and not isinstance(padding, str):
-        pair = _pair(padding)
-        return (pair[1], pair[1], pair[0], pair[0]) if len(pair) == 2 else pair
+        sides = pair(padding)
+        return (sides[1], sides[1], sides[0], sides[0]) if len(sides) == 2 else sides
     if padding == "valid":
         return (0, 0, 0, 0)
     if padding != "same":
@@ -104,7 +104,7 @@ def _arguments(
     activation: str,
     sums: bool = False,  # says which of the operators
 ) -> tuple[Any, ...]:
-    stride, dilation = _pair(stride), _pair(dilation)
+    stride, dilation = pair(stride), pair(dilation)
     return x, weight, bias, stride, four(padding, x, weight, stride, dilation), dilation, activation
 
 
@@ -117,7 +117,7 @@ def reference(
     dilation: Pair = 1,
     activation: str = "none",
 ) -> Tensor:
-    stride, dilation = _pair(stride), _pair(dilation)
+    stride, dilation = pair(stride), pair(dilation)
     left, right, top, bottom = four(padding, x, weight, stride, dilation)
     if left != right or top != bottom or x.numel() == 0:  # torch pads alike on both sides, and nothing not at all
         x, left, top = F.pad(x, (left, right, top, bottom)), 0, 0
