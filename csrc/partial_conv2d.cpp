@@ -67,7 +67,34 @@ struct PartialConv2d {
   }
 
   static void run(const Call& kernel, const Tensor& y, const Tensor& x, const Tensor& weight) {
-    call_shuffle(kernel, y, {convolved(arranged(x, weight), weight), rest(x, weight)}, 1, false);
+    const auto call = [&](const DenseConv2dArgs* conv) {
+      return [&kernel, conv](const ShuffleArgs& pieces) { kernel(PartialConv2dArgs{conv, pieces}); };
+    };
+    // Of few channels in many pixels, torch's convolution was measured to be faster.
+    const bool whole = x.scalar_type() == at::kFloat || x.scalar_type() == at::kDouble;
+    const bool few = weight.size(0) <= 16 && x.size(0) * x.size(2) * x.size(3) > 16384;
+    if (!x.is_cpu() || !whole || few) {
+      return call_shuffle(call(nullptr), y, {convolved(arranged(x, weight), weight), rest(x, weight)}, 1, false);
+    }
+    constexpr auto channels_last = at::MemoryFormat::ChannelsLast;
+    // From a slice of x into a slice of y; a single channel that is left would be walked as a plane.
+    const bool direct = walk_format(x) == channels_last && x.size(1) - weight.size(0) != 1;
+    const Tensor w = weight.contiguous(), from = direct ? first(x, weight) : first(x, weight).contiguous(channels_last);
+    const Tensor to = direct ? first(y, weight) : at::empty_like(from, from.options(), channels_last);
+    const Walk input(from, channels_last), output(to, channels_last);
+    const int64_t p = w.size(0), k = w.size(2);
+    DenseConv2dArgs conv{};
+    conv.dtype = dtype_of(x);
+    conv.n = x.size(0), conv.c = conv.out_c = p;
+    conv.h = conv.out_h = x.size(2), conv.w = conv.out_w = x.size(3);
+    conv.kernel_h = conv.kernel_w = k, conv.top = conv.left = k / 2;
+    conv.stride_h = conv.stride_w = conv.dilation_h = conv.dilation_w = 1;
+    conv.weight = w.const_data_ptr();
+    conv.activation = Activation::none;
+    conv.x = input.map, conv.y = output.map;
+    if (direct) return call_shuffle(call(&conv), rest(y, weight), {rest(x, weight)}, 1, false);
+    kernel(PartialConv2dArgs{&conv, {}});
+    call_shuffle(call(nullptr), y, {to, rest(x, weight)}, 1, false);
   }
   static void run_backward(const Call& kernel, Grads& grads, const Tensor& grad, const Tensor& x,
                            const Tensor& weight) {

@@ -1,8 +1,18 @@
-// Partial convolution: what torch's convolution made of the first channels, then the other channels as they are. The
-// kernel puts them together: concat_shuffle of the two with one group. So it does with their gradients.
+// Partial convolution: the convolution of the first channels, and the rest passed on.
 #pragma once
 #include "concat_shuffle.h"
+#include "dense_conv2d.h"
 
-CONVBLOCKS_KERNEL const char* convblocks_partial_conv2d(const convblocks::Context&, const convblocks::ShuffleArgs&);
+namespace convblocks {
+
+struct PartialConv2dArgs {
+  const DenseConv2dArgs* first;  // null: torch has convolved, and its output is one of the pieces
+  ShuffleArgs pieces;            // none if all channels are convolved here
+};
+
+}  // namespace convblocks
+
+CONVBLOCKS_KERNEL const char* convblocks_partial_conv2d(const convblocks::Context&,
+                                                        const convblocks::PartialConv2dArgs&);
 CONVBLOCKS_KERNEL const char* convblocks_partial_conv2d_backward(const convblocks::Context&,
                                                                  const convblocks::ShuffleArgs&);

@@ -8,7 +8,8 @@
 namespace convblocks {
 
 // The whole from the parts, or back.
-inline void call_shuffle(const Call& kernel, const Tensor& whole, at::TensorList parts, c10::SymInt groups, bool back) {
+template <class Kernel>
+void call_shuffle(const Kernel& kernel, const Tensor& whole, at::TensorList parts, c10::SymInt groups, bool back) {
   const auto format = walk_format(whole);
   c10::SmallVector<Walk, 4> walks;  // which own what they had to copy
   c10::SmallVector<ShufflePart, 4> maps;

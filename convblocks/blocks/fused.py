@@ -11,7 +11,7 @@ from torch.autograd import forward_ad
 from torch.nn.modules.module import _has_any_global_hook
 
 from convblocks import backends
-from convblocks.blocks.batch_norm_act import INPLACE, BatchNormAct2d, scale_shift
+from convblocks.blocks.batch_norm_act import INPLACE, BatchNormAct2d
 from convblocks.blocks.depthwise_conv2d import DepthwiseConv2d, padding_of
 from convblocks.blocks.layers import is_plain
 from convblocks.ops.dense_conv2d import operator as dense
@@ -54,6 +54,11 @@ def arranged(x: Tensor) -> Tensor:
     return x.contiguous(memory_format=torch.channels_last) if runs_alone(x) else x
 
 
+def restored(y: Tensor, x: Tensor) -> Tensor:
+    """y, which comes of ``arranged(x)``, in the memory format of x."""
+    return y.contiguous() if runs_alone(x) and memory_format(x) != torch.channels_last else y
+
+
 def convolve(
     conv: nn.Module,
     x: Tensor,
@@ -77,6 +82,13 @@ def convolve(
     return y if activation == "none" else INPLACE.get(activation, ACTIVATIONS[activation])(y)
 
 
+def _scale_and_shift(norm: nn.BatchNorm2d, bias: Tensor | None) -> list[Tensor]:
+    """``scale_shift``, quickly."""
+    p, b = norm._parameters, norm._buffers
+    mean, var = b["running_mean"], b["running_var"]
+    return list(torch.ops.convblocks._scale_and_shift(mean, var, p["weight"], p["bias"], bias, norm.eps))
+
+
 def _as_one(conv: Any, x: Tensor, norm: Any, residual: Tensor | None, activation: str) -> Tensor | None:
     own = type(conv) is DepthwiseConv2d
     if not (is_plain(conv, DepthwiseConv2d if own else nn.Conv2d) and "weight" in conv._parameters):
@@ -89,14 +101,15 @@ def _as_one(conv: Any, x: Tensor, norm: Any, residual: Tensor | None, activation
         own_norm = is_plain(norm, BatchNormAct2d)
         if not (own_norm or is_plain(norm, nn.BatchNorm2d)) or norm.training or norm.running_mean is None:
             return None
-        if norm.running_mean.dtype != x.dtype:
+        tensors = [*norm._parameters.values(), norm.running_mean, norm.running_var, bias]
+        if not all(t is None or (t.dtype == x.dtype and t.is_contiguous()) for t in tensors):
             return None
         after = norm.function if own_norm else activation
     fused = after if after in _CHEAP else "none"
     if own:
         if norm is None or residual is not None or conv.padding_mode != "zeros" or conv.activation_name != "none":
             return None
-        scale, shift = scale_shift(norm, bias)
+        scale, shift = _scale_and_shift(norm, bias)
         weight, padding = weight * scale[:, None, None, None], padding_of(conv, x, conv.same)
         y: Tensor = depthwise(x, weight, shift, conv.stride, padding, conv.dilation, fused)
     else:
@@ -105,7 +118,7 @@ def _as_one(conv: Any, x: Tensor, norm: Any, residual: Tensor | None, activation
         if memory_format(x) != torch.channels_last:
             return None
         if norm is not None:
-            scale, shift = scale_shift(norm, bias)
+            scale, shift = _scale_and_shift(norm, bias)
         y = dense(x, weight, scale, shift, residual, conv.stride, conv.padding, conv.dilation, fused)
     if fused == after:
         return y

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from convblocks.blocks.arguments import positive
 from convblocks.blocks.attention import outside_attention
 from convblocks.blocks.convert import Layout
-from convblocks.blocks.fused import arranged, run_layers
+from convblocks.blocks.fused import arranged, restored, run_layers
 
 
 class Network(nn.Module, ABC):
@@ -70,14 +70,22 @@ class Network(nn.Module, ABC):
 
     def forward_features(self, x: Tensor) -> Tensor:
         """The last map."""
+        return restored(self.last_map(x), x)
+
+    def forward_maps(self, x: Tensor) -> list[Tensor]:
+        """The map at the end of each stage."""
+        return [restored(y, x) for y in self.maps(x)]
+
+    def last_map(self, x: Tensor) -> Tensor:
+        """The last map, laid out as it was computed."""
         self.check(x)
         x = arranged(x)
         for stage in self.trunk():
             x = run_layers(stage, x)
         return x
 
-    def forward_maps(self, x: Tensor) -> list[Tensor]:
-        """The map at the end of each stage."""
+    def maps(self, x: Tensor) -> list[Tensor]:
+        """The map at the end of each stage, laid out as it was computed."""
         self.check(x)
         x = arranged(x)
         maps = []
@@ -89,7 +97,7 @@ class Network(nn.Module, ABC):
     def forward(self, x: Tensor) -> Any:
         if self.features_only:
             return self.forward_maps(x)
-        return self.forward_head(self.forward_features(x))
+        return self.forward_head(self.last_map(x))
 
     def feature_info(self) -> list[tuple[int, int]]:
         """Of the map at the end of each stage: channels, and how many of the image's pixels one stands for each way.
@@ -156,8 +164,10 @@ class SegmentationNetwork(Network):
         """From the maps of the trunk to the classes of the pixels of an image of this size."""
 
     def forward(self, x: Tensor) -> Any:
-        maps = self.forward_maps(x)
-        return maps if self.features_only else self.decode(maps, x.shape[2], x.shape[3])
+        if self.features_only:
+            return self.forward_maps(x)
+        y = self.decode(self.maps(x), x.shape[2], x.shape[3])
+        return restored(y, x) if isinstance(y, Tensor) else y
 
 
 def classifier(channels: int, num_classes: int, bias: bool = True) -> nn.Module:

@@ -8,6 +8,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from convblocks.blocks.attention import Attention
+from convblocks.blocks.fused import arranged
 from convblocks.blocks.parnet import ParNetBlock, ParNetFusion
 from convblocks.models.network import Network, classifier
 from convblocks.models.registry import register
@@ -79,8 +80,9 @@ class ParNet(Network):
         after = [*self.downsamples_2, self.combine]
         return [[*layers] for layers in zip(self.inits, self.streams, strict=True)] + [after]
 
-    def forward_maps(self, x: Tensor) -> list[Tensor]:
+    def maps(self, x: Tensor) -> list[Tensor]:
         self.check(x)
+        x = arranged(x)
         maps: list[Tensor] = []
         fused: Tensor | None = None
         for init, stream, fuse in zip(self.inits, self.streams, [*self.downsamples_2, self.combine], strict=True):
@@ -90,8 +92,8 @@ class ParNet(Network):
         assert fused is not None
         return [*maps, fused]
 
-    def forward_features(self, x: Tensor) -> Tensor:
-        return self.forward_maps(x)[-1]
+    def last_map(self, x: Tensor) -> Tensor:
+        return self.maps(x)[-1]
 
     def fuse(self) -> ParNet:
         """Makes one convolution of the two in each block, as they are in evaluation: ``ParNetBlock.fuse``."""

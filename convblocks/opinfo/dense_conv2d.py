@@ -45,11 +45,11 @@ def _bad_inputs(device: str) -> Iterator[BadInput]:
     on, single = f"on {x.device} like the input, got meta", "float32, got float64"
     yield refuse(x, w.double(), error=TypeError, expected=f"weight of dtype {single}")
     yield refuse(x, w.to("meta"), error=RuntimeError, expected=f"weight {on}")
-    for name, pair in (("scale", lambda t: (t, s)), ("shift", lambda t: (s, t))):
+    for name, placed in (("scale", lambda t: (t, s)), ("shift", lambda t: (s, t))):
         for wrong in (s[:7], s[None], s[0], s[:, None, None]):
-            yield refuse(x, w, *pair(wrong), expected=f"{name} of size [12], got {list(wrong.shape)}")
-        yield refuse(x, w, *pair(s.double()), error=TypeError, expected=f"{name} of dtype {single}")
-        yield refuse(x, w, *pair(s.to("meta")), error=RuntimeError, expected=f"{name} {on}")
+            yield refuse(x, w, *placed(wrong), expected=f"{name} of size [12], got {list(wrong.shape)}")
+        yield refuse(x, w, *placed(s.double()), error=TypeError, expected=f"{name} of dtype {single}")
+        yield refuse(x, w, *placed(s.to("meta")), error=RuntimeError, expected=f"{name} {on}")
     half = x.bfloat16(), w.bfloat16()
     words = "shift of dtype float32 like scale, got bfloat16"
     yield refuse(*half, s, s.bfloat16(), error=TypeError, expected=words)

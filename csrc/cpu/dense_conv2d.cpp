@@ -22,7 +22,8 @@ constexpr int kRows = 6;
 template <class A>
 constexpr int kColumns = 2 * kLanes<A>;
 
-constexpr int64_t kPackedBytes = 192 << 10, kPixelBytes = 128 << 10;  // of weights and of input that are used together
+// Of weights and of input that are used together, and of weights that are in the first cache with all else.
+constexpr int64_t kPackedBytes = 192 << 10, kPixelBytes = 128 << 10, kNearBytes = 16 << 10;
 constexpr int64_t kTerms = 128;  // sums of more are built from sums of so many, which lose less to rounding
 
 template <class A>
@@ -31,8 +32,8 @@ class Convolution {
   static constexpr int L = kLanes<A>, C = kColumns<A>;
 
   explicit Convolution(const DenseConv2dArgs& args) : a(args) {
-    // Of few channels, the taps of a row are one run of memory.
-    whole_rows_ = a.kernel_w > 1 && a.c < 32 && a.dilation_w == 1 && a.x.pixel == a.c;
+    // Of few channels, the taps of a row are one run of memory: it costs less to begin few runs.
+    whole_rows_ = a.kernel_w > 1 && a.c < 128 && a.dilation_w == 1 && a.x.pixel == a.c;
     runs_ = whole_rows_ ? a.kernel_h : a.kernel_h * a.kernel_w;
     length_ = whole_rows_ ? a.kernel_w * a.c : a.c;
   }
@@ -72,16 +73,23 @@ class Convolution {
   void run(int64_t first, int64_t last, const A* packed, int64_t begin, int64_t end) {
     const int64_t most = std::clamp<int64_t>(kPixelBytes / int64_t(a.c * sizeof(A)) / kRows, 4, 32) * kRows;
     zeros_.resize(length_);
-    edges_.resize(whole_rows_ ? most * runs_ * length_ : 0);
+    edges_ = std::make_unique_for_overwrite<A[]>(whole_rows_ ? most * runs_ * length_ : 0);
     runs_of_.resize(most * runs_);
     outputs_.resize(most);
     for (int64_t at = begin; at < end; at += most) {
       const int64_t stop = std::min(end, at + most);
       locate(at, stop);
-      for (int64_t i = first; i < last; i++) {
-        const A* const weights = packed + (i - first) * panel_size();
+      const auto tile = [&](int64_t panel, int64_t p) {
+        const int count = static_cast<int>(std::min<int64_t>(kRows, stop - at - p));
+        columns(panel * C, packed + (panel - first) * panel_size(), p, count);
+      };
+      if ((last - first) * panel_size() * int64_t(sizeof(A)) <= kNearBytes) {
         for (int64_t p = 0; p < stop - at; p += kRows) {
-          columns(i * C, weights, p, static_cast<int>(std::min<int64_t>(kRows, stop - at - p)));
+          for (int64_t i = first; i < last; i++) tile(i, p);
+        }
+      } else {
+        for (int64_t i = first; i < last; i++) {
+          for (int64_t p = 0; p < stop - at; p += kRows) tile(i, p);
         }
       }
     }
@@ -97,7 +105,7 @@ class Convolution {
   // together, the last of all stands in for those that are missing.
   void locate(int64_t begin, int64_t end) {
     int64_t column = begin % a.out_w, line = begin / a.out_w % a.out_h, sample = begin / a.out_w / a.out_h;
-    A* edge = edges_.data();
+    A* edge = edges_.get();
     for (int64_t p = 0; p < end - begin; p++) {
       const A* const map = row<const A>(a.x, sample, 0);
       const int64_t top = line * a.stride_h - a.top, left = column * a.stride_w - a.left;
@@ -213,7 +221,8 @@ class Convolution {
   const DenseConv2dArgs& a;
   bool whole_rows_;
   int64_t runs_, length_;  // of memory that a pixel of the output is made of
-  std::vector<A> zeros_, edges_;
+  std::vector<A> zeros_;
+  std::unique_ptr<A[]> edges_;  // runs that reach over a border
   std::vector<const A*> runs_of_;
   std::vector<Output> outputs_;
 };
