@@ -66,7 +66,7 @@ format: $(READY) ## Format the Python and the C++ code
 	@$(call install,lint)
 	@$(PYTHON) -m ruff check --fix-only --quiet
 	@$(PYTHON) -m ruff format
-	@$(PYTHON) -m clang_format -i $$(git ls-files 'csrc/*' 'tests/*.h' 'tests/*.cpp' 'tests/*.cu')
+	@$(PYTHON) -c 'from clang_format import clang_format; clang_format()' -i $$(git ls-files 'csrc/*' 'tests/*.h' 'tests/*.cpp' 'tests/*.cu')
 
 clean: ## Remove what was built, not .venv
 	rm -rf build dist *.egg-info convblocks/*.so convblocks/_build_info.json

@@ -6,6 +6,7 @@
 #include <ATen/ops/ones.h>
 #include <ATen/ops/zeros.h>
 
+#include "convolves.h"
 #include "gate_formula.h"
 #include "op.h"
 
@@ -82,7 +83,9 @@ struct DenseConv2d {
   struct Channels {
     Tensor scale, shift;
     Channels(const Tensor& z, const MaybeTensor& scale_, const MaybeTensor& shift_) {
-      const auto options = scale_.has_value() ? scale_->options() : shift_.has_value() ? shift_->options() : z.options();
+      const auto options = scale_.has_value()   ? scale_->options()
+                           : shift_.has_value() ? shift_->options()
+                                                : z.options();
       scale = scale_.has_value() ? scale_->contiguous() : at::ones_symint({z.sym_size(1)}, options);
       shift = shift_.has_value() ? shift_->contiguous() : at::zeros_symint({z.sym_size(1)}, options);
     }
@@ -92,9 +95,10 @@ struct DenseConv2d {
   static Tensor formula(const Tensor& x, const Tensor& weight, const MaybeTensor& scale, const MaybeTensor& shift,
                         const MaybeTensor& residual, Sizes stride, Sizes padding, Sizes dilation,
                         std::string_view activation) {
-    static auto op = c10::Dispatcher::singleton()
-                         .findSchemaOrThrow("convblocks::scale_shift_act", "")
-                         .typed<Tensor(const Tensor&, const Tensor&, const Tensor&, const MaybeTensor&, std::string_view)>();
+    static auto op =
+        c10::Dispatcher::singleton()
+            .findSchemaOrThrow("convblocks::scale_shift_act", "")
+            .typed<Tensor(const Tensor&, const Tensor&, const Tensor&, const MaybeTensor&, std::string_view)>();
     const Tensor z = convolved(x, weight, stride, padding, dilation);
     const Channels channels(z, scale, shift);
     return op.call(z, channels.scale, channels.shift, residual, activation);
@@ -104,9 +108,8 @@ struct DenseConv2d {
                              const Tensor& weight, const MaybeTensor& scale, const MaybeTensor& shift, Sizes stride,
                              Sizes padding, Sizes dilation) {
     const auto& [grad_z, grad_scale, grad_shift, grad_residual] = after;
-    auto [grad_x, grad_weight, none] =
-        at::convolution_backward_symint(grad_z, x, weight.to(x.scalar_type()), {}, stride, padding, dilation, false,
-                                        {0, 0}, 1, {true, true, false});
+    auto [grad_x, grad_weight, none] = at::convolution_backward_symint(
+        grad_z, x, weight.to(x.scalar_type()), {}, stride, padding, dilation, false, {0, 0}, 1, {true, true, false});
     const Tensor absent = at::empty({0}, x.options());
     return {grad_x, grad_weight.to(weight.scalar_type()), scale.has_value() ? grad_scale : absent,
             shift.has_value() ? grad_shift : absent, grad_residual};
@@ -141,31 +144,20 @@ struct DenseConv2d {
     return static_cast<Activation>(check_one_of(name, "activation", text, kActivationNames));
   }
 
-  // Whether the kernel convolves, and not torch: on the CPU in channels_last, but for halves, which it would widen one
-  // by one.
-  static bool convolves(const Tensor& x, const Tensor& y) {
-    const bool whole = x.scalar_type() == at::kFloat || x.scalar_type() == at::kDouble;
-    return x.is_cpu() && whole && memory_format(y) == at::MemoryFormat::ChannelsLast;
-  }
-
   static void run(const Call& kernel, const Tensor& y, const Tensor& x, const Tensor& weight, const MaybeTensor& scale,
                   const MaybeTensor& shift, const MaybeTensor& residual, Sizes stride, Sizes padding, Sizes dilation,
                   std::string_view activation) {
     const auto number = [](const c10::SymInt& value) { return value.expect_int(); };
     DenseConv2dArgs args{};
-    if (!convolves(x, y)) {
+    if (!kernels_convolve(x) || memory_format(y) != at::MemoryFormat::ChannelsLast) {
       const Tensor z = convolved(x, weight, stride, padding, dilation);
       const Channels channels(z, scale, shift);
       const auto format = walk_format(y);
       const Walk from(z, format), other(residual.value_or(z), format), to(y, format);
-      const ScaleShiftActArgs after{dtype_of(x),
-                                    y.size(0),
-                                    y.size(1),
-                                    y.size(2) * y.size(3),
-                                    channels,
-                                    activation_of(activation),
-                                    from.map,
-                                    residual.has_value() ? other.map : Map{},
+      const ScaleShiftActArgs after{dtype_of(x), y.size(0),
+                                    y.size(1),   y.size(2) * y.size(3),
+                                    channels,    activation_of(activation),
+                                    from.map,    residual.has_value() ? other.map : Map{},
                                     to.map};
       args.after = &after;
       return kernel(args);
@@ -214,14 +206,13 @@ struct DenseConv2d {
     const auto format = walk_format(z);
     const Walk gradient(grad, format), from(z, format), other(residual.value_or(z), format);
     const Walk to(grad_z, format), to_other(residual.has_value() ? grads[4] : grad_z, format);
-    kernel(ScaleShiftActBackwardArgs{dtype_of(x), z.size(0), z.size(1), z.size(2) * z.size(3), channels,
-                                     activation_of(activation), gradient.map, from.map,
-                                     residual.has_value() ? other.map : Map{}, to.map,
-                                     residual.has_value() ? to_other.map : Map{}, grad_scale.data_ptr(),
-                                     grad_shift.data_ptr()});
+    kernel(ScaleShiftActBackwardArgs{
+        dtype_of(x), z.size(0), z.size(1), z.size(2) * z.size(3), channels, activation_of(activation), gradient.map,
+        from.map, residual.has_value() ? other.map : Map{}, to.map, residual.has_value() ? to_other.map : Map{},
+        grad_scale.data_ptr(), grad_shift.data_ptr()});
     if (residual.has_value() && !to_other.tensor.is_same(grads[4])) grads[4].copy_(to_other.tensor);
-    const auto all = gradients({grad_z, grad_scale, grad_shift, grads[4]}, x, weight, scale, shift, stride, padding,
-                               dilation);
+    const auto all =
+        gradients({grad_z, grad_scale, grad_shift, grads[4]}, x, weight, scale, shift, stride, padding, dilation);
     grads[0].copy_(std::get<0>(all));
     grads[1].copy_(std::get<1>(all));
     if (scale.has_value()) grads[2] = grad_scale;

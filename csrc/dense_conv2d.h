@@ -17,6 +17,8 @@ struct DenseConv2dArgs {
 
 }  // namespace convblocks
 
+// In the shared objects whose dense_conv2d convolves itself: those of the CPU.
+CONVBLOCKS_KERNEL const bool convblocks_convolves;
 CONVBLOCKS_KERNEL const char* convblocks_dense_conv2d(const convblocks::Context&, const convblocks::DenseConv2dArgs&);
 // That of what follows the convolution.
 CONVBLOCKS_KERNEL const char* convblocks_dense_conv2d_backward(const convblocks::Context&,

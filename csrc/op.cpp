@@ -1,6 +1,8 @@
 // The parts of op.h that do not depend on the operation: checks, the call of a kernel, and the loading of kernels.
 #include "op.h"
 
+#include "convolves.h"
+
 #include <ATen/FuncTorchTLS.h>
 #include <ATen/Parallel.h>
 #include <ATen/ops/empty.h>
@@ -78,6 +80,8 @@ static std::vector<KernelSlot*>& slots() {
 
 KernelSlot::KernelSlot(std::string s) : symbol(std::move(s)) { slots().push_back(this); }
 
+static bool cpu_convolves = false;
+
 // Makes the kernels in a shared object those of a device. The object stays loaded: a call may be running in it.
 static void load_kernels(std::string_view path, std::string_view device) {
   TORCH_CHECK_VALUE(device == "cpu" || device == "cuda", "convblocks: expected device cpu or cuda, got ", device);
@@ -88,6 +92,11 @@ static void load_kernels(std::string_view path, std::string_view device) {
                 ": it was built from other sources");
   }
   for (KernelSlot* slot : slots()) (device == "cpu" ? slot->cpu : slot->cuda) = dlsym(library, slot->symbol.c_str());
+  if (device == "cpu") cpu_convolves = dlsym(library, "convblocks_convolves") != nullptr;
+}
+
+bool kernels_convolve(const Tensor& x) {
+  return x.is_cpu() && cpu_convolves && (x.scalar_type() == at::kFloat || x.scalar_type() == at::kDouble);
 }
 
 Call::Call(const char* op, const KernelSlot& slot, const Tensor& x) : op_(op), function_(slot.on(x)), x_(x) {

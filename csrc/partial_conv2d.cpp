@@ -4,6 +4,7 @@
 #include <ATen/ops/convolution.h>
 #include <ATen/ops/convolution_backward.h>
 
+#include "convolves.h"
 #include "op.h"
 #include "shuffle_call.h"
 
@@ -71,9 +72,8 @@ struct PartialConv2d {
       return [&kernel, conv](const ShuffleArgs& pieces) { kernel(PartialConv2dArgs{conv, pieces}); };
     };
     // Of few channels in many pixels, torch's convolution was measured to be faster.
-    const bool whole = x.scalar_type() == at::kFloat || x.scalar_type() == at::kDouble;
     const bool few = weight.size(0) <= 16 && x.size(0) * x.size(2) * x.size(3) > 16384;
-    if (!x.is_cpu() || !whole || few) {
+    if (!kernels_convolve(x) || few) {
       return call_shuffle(call(nullptr), y, {convolved(arranged(x, weight), weight), rest(x, weight)}, 1, false);
     }
     constexpr auto channels_last = at::MemoryFormat::ChannelsLast;

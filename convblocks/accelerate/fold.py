@@ -24,6 +24,7 @@ from convblocks.accelerate.folded import (
 )
 from convblocks.accelerate.rule import Refused, become, replacement
 from convblocks.blocks.arguments import function_of, qualified_name
+from convblocks.blocks.fused import Layers
 from convblocks.ops.gate import ACTIVATIONS
 
 # Children of which each takes what the one before it gives, and nothing else does. So do all in any Sequential.
@@ -71,7 +72,7 @@ def _chains(model: nn.Module) -> Iterator[tuple[nn.Module, tuple[str, ...]]]:
 
 
 def _is_sequential(parent: nn.Module) -> bool:
-    return isinstance(parent, nn.Sequential) and type(parent).forward is nn.Sequential.forward
+    return isinstance(parent, nn.Sequential) and type(parent).forward in (nn.Sequential.forward, Layers.forward)
 
 
 def _is_norm(layer: Any) -> bool:

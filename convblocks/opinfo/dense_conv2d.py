@@ -102,7 +102,7 @@ INFO = OpInfo(
     bad_inputs=_bad_inputs,
     forward_flops=lambda s: 2 * _macs(s),
     backward_flops=lambda s: 4 * _macs(s),
-    gpu_traffic=(1.4, 1.4),  # of what is around the convolution
+    gpu_traffic=(1.4, 1.5),  # of what is around the convolution
     autocasts=True,
     by_torch=True,
 )

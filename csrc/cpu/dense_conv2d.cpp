@@ -131,7 +131,8 @@ class Convolution {
         }
       }
       const int64_t pixel = line * a.out_w + column;
-      outputs_[p] = {row<A>(a.y, sample, 0, pixel), a.residual.data ? row<const A>(a.residual, sample, 0, pixel) : nullptr};
+      outputs_[p] = {row<A>(a.y, sample, 0, pixel),
+                     a.residual.data ? row<const A>(a.residual, sample, 0, pixel) : nullptr};
       if (++column == a.out_w) {
         column = 0;
         if (++line == a.out_h) line = 0, sample++;
@@ -252,6 +253,8 @@ void forward(const Context& context, const DenseConv2dArgs& args) {
 
 }  // namespace
 }  // namespace convblocks::cpu
+
+const bool convblocks_convolves = true;
 
 const char* convblocks_dense_conv2d(const convblocks::Context& context, const convblocks::DenseConv2dArgs& args) {
   using namespace convblocks;

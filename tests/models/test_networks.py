@@ -47,7 +47,8 @@ def test_features(name: str) -> None:
         classes = (
             whole.decode(maps, *x.shape[2:]) if isinstance(whole, SegmentationNetwork) else whole.forward_head(maps[-1])
         )
-        torch.testing.assert_close(classes, whole(x))
+        expected = whole(x)  # in another layout inside, where convolutions add up in another order
+        torch.testing.assert_close(classes, expected, rtol=1e-4, atol=1e-5 * float(expected.abs().max()))
     channels, reductions = zip(*whole.feature_info(), strict=True)
     assert list(channels) == [m.shape[1] for m in maps]
     assert [r.bit_count() for r in reductions] == [1] * len(maps)
