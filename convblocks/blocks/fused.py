@@ -19,6 +19,7 @@ from convblocks.ops.depthwise_conv2d import operator as depthwise
 from convblocks.ops.gate import ACTIVATIONS
 from convblocks.ops.operator import memory_format
 
+_PARAMETERS = {"weight", "bias"}
 _CHEAP = ("none", "relu", "relu6", "silu", "hardswish", "leaky_relu")  # activations that kernels have at no cost
 
 
@@ -45,6 +46,7 @@ def runs_alone(x: Tensor) -> bool:
         and backends.extension_error is None
         and forward_ad._current_level < 0
         and not torch._C._get_tracing_state()
+        and not torch._C._len_torch_dispatch_stack()
         and not _has_any_global_hook()
     )
 
@@ -84,15 +86,14 @@ def convolve(
 
 def _scale_and_shift(norm: nn.BatchNorm2d, bias: Tensor | None) -> list[Tensor]:
     """``scale_shift``, quickly."""
-    p, b = norm._parameters, norm._buffers
-    mean, var = b["running_mean"], b["running_var"]
+    mean, var, p = norm.running_mean, norm.running_var, norm._parameters
     return list(torch.ops.convblocks._scale_and_shift(mean, var, p["weight"], p["bias"], bias, norm.eps))
 
 
 def _as_one(conv: Any, x: Tensor, norm: Any, residual: Tensor | None, activation: str) -> Tensor | None:
     own = type(conv) is DepthwiseConv2d
-    if not (is_plain(conv, DepthwiseConv2d if own else nn.Conv2d) and "weight" in conv._parameters):
-        return None
+    if not (is_plain(conv, DepthwiseConv2d if own else nn.Conv2d) and conv._parameters.keys() >= _PARAMETERS):
+        return None  # pruned, weight norm: they are computed
     weight, bias = conv._parameters["weight"], conv._parameters["bias"]
     if not (type(weight) is nn.Parameter and weight.dtype == x.dtype and x.shape[1] == conv.in_channels):
         return None
@@ -102,7 +103,9 @@ def _as_one(conv: Any, x: Tensor, norm: Any, residual: Tensor | None, activation
         if not (own_norm or is_plain(norm, nn.BatchNorm2d)) or norm.training or norm.running_mean is None:
             return None
         tensors = [*norm._parameters.values(), norm.running_mean, norm.running_var, bias]
-        if not all(t is None or (t.dtype == x.dtype and t.is_contiguous()) for t in tensors):
+        if not (norm._parameters.keys() >= _PARAMETERS and norm.num_features == conv.out_channels):
+            return None
+        if not all(t is None or (t.dtype == x.dtype and t.is_cpu and t.is_contiguous()) for t in tensors):
             return None
         after = norm.function if own_norm else activation
     fused = after if after in _CHEAP else "none"

@@ -1,0 +1,128 @@
+"""When a convolution and what follows it are one operation, and when they must not be."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.nn.utils import prune
+from torch.utils.flop_counter import FlopCounterMode
+
+import convblocks
+from convblocks import backends
+from convblocks.blocks import fused
+
+built = pytest.mark.skipif(backends.extension_error is not None, reason="the compiled part is not built")
+
+
+def _layers() -> fused.Layers:
+    torch.manual_seed(0)
+    layers = fused.Layers(
+        nn.Conv2d(3, 8, 3, 2, 1, bias=False),
+        convblocks.BatchNormAct2d(8, "silu"),
+        convblocks.DepthwiseConv2d(8, kernel_size=3, padding=1, bias=False),
+        convblocks.BatchNormAct2d(8, "leaky_relu", negative_slope=0.2),
+        nn.Conv2d(8, 6, 1),
+        nn.ReLU(inplace=True),
+        nn.Conv2d(6, 4, 1, groups=2),
+        nn.BatchNorm2d(4),
+        nn.Conv2d(4, 4, 3, padding="same"),
+    ).eval()
+    for layer in layers:
+        if isinstance(layer, nn.BatchNorm2d):
+            nn.init.uniform_(layer.running_var, 0.5, 1.5)
+            nn.init.normal_(layer.running_mean)
+            nn.init.normal_(layer.weight)
+    return layers
+
+
+def _plainly(layers: nn.Sequential, x: Tensor) -> Tensor:
+    for layer in layers:
+        x = layer(x)
+    return x
+
+
+@pytest.fixture
+def calls(monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    seen: list[str] = []
+    for name in ("dense", "depthwise"):
+        run: Callable[..., Any] = getattr(fused, name)
+        monkeypatch.setattr(fused, name, lambda *a, run=run, name=name: (seen.append(name), run(*a))[1])
+    return seen
+
+
+X = torch.randn(2, 3, 17, 15).contiguous(memory_format=torch.channels_last)
+
+
+@built
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_at_inference(dtype: torch.dtype, calls: list[str]) -> None:
+    layers, x = _layers().to(dtype), X.to(dtype)
+    with torch.no_grad():
+        torch.testing.assert_close(layers(x), _plainly(layers, x))
+    assert calls == ["dense", "depthwise", "dense"]
+
+
+def test_with_gradients(calls: list[str]) -> None:
+    layers = _layers()
+    torch.testing.assert_close(layers(X), _plainly(layers, X), rtol=0, atol=0)
+    assert not calls
+
+
+def _hook(layers: Any) -> None:
+    for layer in layers:
+        layer.register_forward_hook(lambda *_: None)
+
+
+def _prune(layers: Any) -> None:
+    for layer in layers:
+        if isinstance(layer, nn.Conv2d):
+            prune.l1_unstructured(layer, "weight", 0.5)
+
+
+def _train(layers: Any) -> None:
+    layers.train()
+    layers.requires_grad_(False)
+
+
+@pytest.mark.parametrize("change", [_hook, _prune, _train])
+def test_not_where_layers_do_something_else(change: Callable[[Any], None], calls: list[str]) -> None:
+    layers, same = _layers(), _layers()
+    change(layers)
+    change(same)
+    with torch.no_grad():
+        torch.testing.assert_close(layers(X), _plainly(same, X), rtol=0, atol=0)
+    assert "depthwise" not in calls  # which is never without its norm
+
+
+def test_not_where_somebody_counts(calls: list[str]) -> None:
+    layers = _layers()
+    with torch.no_grad(), FlopCounterMode(display=False) as counter:
+        layers(X)
+    assert counter.get_total_flops() > 0
+    assert not calls
+
+
+@pytest.mark.parametrize("name", ["0.weight", "1.bias", "1.running_mean"])
+def test_nothing_is_kept(name: str) -> None:
+    """What is written to a layer, even through ``.data``, holds for the next call."""
+    layers = _layers()
+    with torch.no_grad():
+        before = layers(X)
+        layers.state_dict(keep_vars=True)[name].data.add_(1)
+        after = layers(X)
+        assert not torch.allclose(before, after)
+        torch.testing.assert_close(after, _plainly(layers, X))
+
+
+@pytest.mark.parametrize("name", ["resnet18", "unet", "parnet_s", "deeplabv3_resnet50"])
+def test_networks_give_maps_in_the_layout_of_the_image(name: str) -> None:
+    model = convblocks.models.create(name, features_only=True).eval()
+    x = torch.randn(1, 3, 64, 64)
+    with torch.no_grad():
+        for memory_format in (torch.contiguous_format, torch.channels_last):
+            maps = model(x.contiguous(memory_format=memory_format))
+            assert all(y.is_contiguous(memory_format=memory_format) for y in maps)
