@@ -114,7 +114,7 @@ def test_attention_of_each_layer() -> None:
     x = torch.randn(IMAGES)
     y = model(x)
     with torch.no_grad():
-        torch.testing.assert_close(model(x), y.detach(), rtol=1e-4, atol=1e-5 * float(y.abs().max()))
+        torch.testing.assert_close(model(x), y.detach(), rtol=1e-4, atol=1e-4 * float(y.abs().max()))
 
 
 def test_refuses() -> None:
