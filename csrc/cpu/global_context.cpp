@@ -141,7 +141,7 @@ void forward(const Context& context, const GlobalContextArgs& a) {
   A *const shifts = scales + n * c, *const contexts = shifts + n * c;
   const bool far = exceeds_caches(context, n * c * a.hw * sizeof(T));
   for_each_group(
-      context, n, group_size(c * a.hw * sizeof(T), (scale.size() + add.size()) * sizeof(A)), c * a.hw,
+      context, n, 1, c * a.hw,  // groups of samples would be added up otherwise than single ones
       [&](int64_t first, int64_t count, const Team& team) {
         A *const gates = scales + first * c, *const added = shifts + first * c, *const pooled = contexts + first * c;
         for (int64_t i = 0; i < count; i++) {
