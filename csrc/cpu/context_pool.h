@@ -80,7 +80,8 @@ struct Chunks {
   // Calls f(chunk, first pixel, pixels) for all chunks, which a team divides.
   template <class F>
   void each(const Team& team, int64_t cost, F f) const {
-    team.split(count, length * cost, [=, *this](int64_t first, int64_t last) {
+    // Compiled once, whoever calls it: two copies could round differently.
+    team.split(count, length * cost, [=, *this](int64_t first, int64_t last) __attribute__((noinline)) {
       for (int64_t chunk = first; chunk < last; chunk++) {
         f(chunk, chunk * length, std::min(length, pixels - chunk * length));
       }
