@@ -40,8 +40,6 @@ struct Transform {
     rate = at + n * c;
   }
 
-  int64_t size() const { return 2 * r * c; }  // of the weights
-
   // For `count` samples from `first` on: the transforms of their contexts, into `out`; both `stride` apart.
   void forward(int64_t first, int64_t count, const A* contexts, A* out, int64_t stride, int64_t out_stride) const {
     A* const hidden = normed + first * r;
