@@ -38,5 +38,5 @@ def test_brings_in_nothing_heavy() -> None:
     }  # torch: none that it left for later
 
 
-def test_takes_less_than_a_tenth_of_what_torch_takes() -> None:
-    assert min(fresh_import()[0] for _ in range(3)) < 0.1
+def test_takes_little_beside_what_torch_takes() -> None:
+    assert min(fresh_import()[0] for _ in range(10)) < 0.06
