@@ -46,8 +46,9 @@ struct Terms {
 // What is summed on its own: few enough terms for the sums to be exact, and work for several threads.
 template <class T, bool kPlanes>
 struct Blocks {
-  static constexpr int64_t kPixels = kPlanes ? 64 * kLanes<T> : kPixelChunk, kChannels = 128;
-  int64_t pixels, channels;  // how many blocks of them
+  static constexpr int64_t kPixels = kPlanes ? 64 * kLanes<T> : kPixelChunk, kChannels = 128,
+                           kChannelsInRow = 128 * kLanes<T>;  // the pixel's sums in channels_last
+  int64_t pixels, channels;                                   // how many blocks of them
   Blocks(int64_t c, int64_t hw)
       : pixels((hw + kPixels - 1) / kPixels), channels(kPlanes ? (c + kChannels - 1) / kChannels : 1) {}
 };
@@ -112,22 +113,28 @@ CONVBLOCKS_LOOP inline void both_sums(const Team& team, int64_t c, int64_t hw, A
       std::fill_n(channel_sums, KC * c, A(0));
       by_groups(end - first, [=]<int G>(int64_t offset, std::integral_constant<int, G>) {
         const int64_t p = first + offset;
-        std::array<Vecs<A, KP>, G> acc{};
-        for_lanes<T>(c, [&](int64_t i, auto lanes) CONVBLOCKS_LOOP {
-          Vecs<A, KC> sums{};
+        for (int64_t start = 0; start < c; start += blocks.kChannelsInRow) {
+          std::array<Vecs<A, KP>, G> acc{};
+          for_lanes<T>(std::min(c - start, blocks.kChannelsInRow), [&](int64_t at, auto lanes) CONVBLOCKS_LOOP {
+            const int64_t i = start + at;
+            Vecs<A, KC> sums{};
 #pragma GCC unroll 4
+            for (int g = 0; g < G; g++) {
+              const Terms<A, KC, KP> v = f(i, p + g, lanes);
+              for (int k = 0; k < KC; k++) sums[k] += v.channel[k];
+              for (int k = 0; k < KP; k++) acc[g][k] += v.pixel[k];
+            }
+            for (int k = 0; k < KC; k++) {
+              A* const to = channel_sums + k * c + i;
+              store(to, load(to, lanes) + sums[k], lanes);
+            }
+          });
           for (int g = 0; g < G; g++) {
-            const Terms<A, KC, KP> v = f(i, p + g, lanes);
-            for (int k = 0; k < KC; k++) sums[k] += v.channel[k];
-            for (int k = 0; k < KP; k++) acc[g][k] += v.pixel[k];
+            for (int k = 0; k < KP; k++) {
+              A& total = by_pixel[k * hw + p + g];
+              total = (start ? total : A(0)) + sum_lanes(acc[g][k]);
+            }
           }
-          for (int k = 0; k < KC; k++) {
-            A* const to = channel_sums + k * c + i;
-            store(to, load(to, lanes) + sums[k], lanes);
-          }
-        });
-        for (int g = 0; g < G; g++) {
-          for (int k = 0; k < KP; k++) by_pixel[k * hw + p + g] = sum_lanes(acc[g][k]);
         }
       });
     }
