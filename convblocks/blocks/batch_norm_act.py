@@ -103,8 +103,7 @@ class BatchNormAct2d(nn.BatchNorm2d):
             return self.end(super().forward(x), residual)
         self._check_input_dim(x)
         scale, shift = scale_shift(self)
-        slow = self.function == "gelu" and x.is_cpu  # whose kernel there computes it number by number
-        fused = "none" if slow or self.function is None else self.function
+        fused = "none" if self.function is None else self.function
         run = operator.run_inplace if self.inplace and _may_be_written(x) else operator
         y = run(x, scale, shift, residual, fused)
         return y if fused == self.activation_name else self.end(y)

@@ -7,12 +7,15 @@ recognised by its steps changing something.
 
 from __future__ import annotations
 
+import os
 import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
 from torch import Tensor, nn
+
+from convblocks.blocks.checkpoint import read_state_dict
 
 StateDict = dict[str, Any]
 Step = Callable[[StateDict], StateDict]
@@ -258,7 +261,9 @@ def _misfit(sd: StateDict, model: nn.Module) -> list[str]:
     return sorted(wrong)
 
 
-def convert_state_dict(sd: Mapping[str, Any], source: str | None = None, model: nn.Module | None = None) -> StateDict:
+def convert_state_dict(
+    sd: Mapping[str, Any] | str | os.PathLike[str], source: str | None = None, model: nn.Module | None = None
+) -> StateDict:
     """Renames and reshapes the entries of a state dict so that the modules of this package load it strictly.
 
     Known layouts, of a block or of a whole network: "timm" (EfficientNet's ``conv_reduce`` / ``conv_expand``,
@@ -269,7 +274,9 @@ def convert_state_dict(sd: Mapping[str, Any], source: str | None = None, model: 
     depthwise-separable convolution's layers. The prefixes of DataParallel and torch.compile are dropped.
 
     Args:
-        sd: a state dict; it stays as it is. The result shares its tensors.
+        sd: a state dict; it stays as it is. The result shares its tensors. Or a file of one, which is read with
+            ``weights_only=True``; one that ends in .safetensors by that package. What training scripts store beside
+            it, under ``state_dict``, ``model_state_dict`` or ``model``, is left out.
         source: the layout; detected when None.
         model: the module that is to load the result; helps to tell layouts apart, and is checked against.
 
@@ -277,15 +284,18 @@ def convert_state_dict(sd: Mapping[str, Any], source: str | None = None, model: 
         A new dict in our layout; entries that no layout knows are kept as they are.
 
     Raises:
-        TypeError: sd is not a mapping from names to tensors.
-        ValueError: an unknown source, keys that fit several layouts in different ways, or a result that ``model``
-            cannot load.
+        TypeError: sd is not a mapping from names to tensors, nor such a file.
+        ImportError: a file of safetensors without that package.
+        ValueError: a file that holds more than tensors, an unknown source, keys that fit several layouts in different
+            ways, or a result that ``model`` cannot load.
 
     Example:
         >>> sd = {"fc.0.weight": torch.randn(4, 64), "fc.2.weight": torch.randn(64, 4)}
         >>> convblocks.SqueezeExcite(64, 4, bias=False).load_state_dict(convblocks.convert_state_dict(sd))
         <All keys matched successfully>
     """
+    if isinstance(sd, (str, os.PathLike)):
+        sd = read_state_dict(sd)
     if not isinstance(sd, Mapping) or not all(isinstance(k, str) for k in sd):
         raise TypeError(f"convert_state_dict: expected a mapping from names to tensors, got {type(sd).__name__}")
     nested = [k for k, v in sd.items() if isinstance(v, Mapping)]

@@ -18,24 +18,40 @@ template <class T, bool kTies>
 void pool_plane(const T* x, int64_t hw, Acc<T>* mean, Acc<T>* max, Acc<T>* ties) {
   using A = Acc<T>;
   constexpr int L = kLanes<T>, kStep = 4;
-  *mean =
-      reduce_plane<T, 1>(hw, [=](int64_t p, auto lanes) CONVBLOCKS_LOOP { return Vecs<A, 1>{load(x + p, lanes)}; })[0] /
-      A(hw);
-  Vec<A> most[kStep];
-  std::fill_n(most, kStep, splat<Vec<A>>(kLowest<A>));
-  int64_t p = 0;
-  for (; p + kStep * L <= hw; p += kStep * L) {
-    for (int s = 0; s < kStep; s++) most[s] = max_or_nan(most[s], load(x + p + s * L));
+  constexpr int64_t kBlock = 64 * kStep * L;  // sums of many terms from sums of few
+  std::array<Vec<A>, kStep> most;
+  most.fill(splat<Vec<A>>(kLowest<A>));
+  double total = 0;
+  for (int64_t first = 0; first < hw; first += kBlock) {
+    const int64_t end = std::min(hw, first + kBlock);
+    std::array<Vec<A>, kStep> sum{};
+    int64_t p = first;
+    for (; p + kStep * L <= end; p += kStep * L) {
+#pragma GCC unroll 4
+      for (int s = 0; s < kStep; s++) {
+        const Vec<A> v = load(x + p + s * L);
+        sum[s] += v;
+        most[s] = max_or_nan(most[s], v);
+      }
+    }
+    for (; p + L <= end; p += L) {
+      const Vec<A> v = load(x + p);
+      sum[0] += v;
+      most[0] = max_or_nan(most[0], v);
+    }
+    if (p < end) {
+      const int rest = static_cast<int>(end - p);
+      sum[1] += load(x + p, rest);
+      most[1] = max_or_nan(most[1], load(x + p, rest, kLowest<A>));
+    }
+    total += sum_lanes((sum[0] + sum[1]) + (sum[2] + sum[3]));
   }
-  for_lanes<T>(hw - p,
-               [&](int64_t i, auto lanes) { most[0] = max_or_nan(most[0], load(x + p + i, lanes, kLowest<A>)); });
+  *mean = static_cast<A>(total) / A(hw);
   *max = max_lanes(max_or_nan(max_or_nan(most[0], most[1]), max_or_nan(most[2], most[3])));
-  if constexpr (kTies) {
-    Vec<A> count{};
-    for_lanes<T>(hw, [&](int64_t i, auto lanes) {  // the lanes that are not there hold NaN, which equals nothing
-      count += load(x + i, lanes, std::numeric_limits<A>::quiet_NaN()) == *max ? splat<Vec<A>>(1) : Vec<A>{};
-    });
-    *ties = sum_lanes(count);
+  if constexpr (kTies) {  // the lanes that are not there hold NaN, which equals nothing
+    *ties = reduce_plane<T, 1>(hw, [=, top = *max](int64_t p, auto lanes) CONVBLOCKS_LOOP {
+      return Vecs<A, 1>{load(x + p, lanes, std::numeric_limits<A>::quiet_NaN()) == top ? splat<Vec<A>>(1) : Vec<A>{}};
+    })[0];
   }
 }
 

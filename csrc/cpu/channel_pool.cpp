@@ -84,41 +84,63 @@ struct Pixels {
   int64_t stride, c;
   int count;
 
-  // The gated channels from i on; `fill` where there are none.
-  template <class N>
-  CONVBLOCKS_LOOP Vec<A> gated(int l, int64_t i, N lanes, A fill = 0) const {
-    const Vec<A> v = load(x + l * stride + i, lanes, fill);
-    return gates ? v * load(gates + i, lanes, A(1)) : v;
+  // Calls f(first, std::integral_constant<int, G>, gate) for groups of pixels, whose loads of the gates are shared:
+  // gate(i, lanes) are those of the channels from i on.
+  template <class F>
+  CONVBLOCKS_LOOP void each_group(F f) const {
+    const auto all = [&](auto gate) CONVBLOCKS_LOOP {
+      constexpr int G = std::min(4, L);
+      int first = 0;
+      for (; first + G <= count; first += G) f(first, std::integral_constant<int, G>{}, gate);
+      for (; first < count; first++) f(first, std::integral_constant<int, 1>{}, gate);
+    };
+    if (gates)
+      all([gates = gates](int64_t i, auto lanes) CONVBLOCKS_LOOP { return load(gates + i, lanes, A(1)); });
+    else
+      all([](int64_t, auto) CONVBLOCKS_LOOP { return splat<Vec<A>>(1); });
   }
-  Vec<A> sum() const {
-    Vec<A> sums[L]{};
-    for (int l = 0; l < count; l++) {
-      Vec<A> total{};
-      for_lanes<T>(c, [&](int64_t i, auto lanes) CONVBLOCKS_LOOP { total += gated(l, i, lanes); });
-      sums[l] = total;
-    }
-    return fold<A>(sums, [](auto a, auto b) { return a + b; });
-  }
-  Vec<A> max() const {
-    Vec<A> most[L]{};
-    for (int l = 0; l < count; l++) {
-      Vec<A> m = splat<Vec<A>>(kLowest<A>);
-      for_lanes<T>(c,
-                   [&](int64_t i, auto lanes) CONVBLOCKS_LOOP { m = max_or_nan(m, gated(l, i, lanes, kLowest<A>)); });
-      most[l] = m;
-    }
-    return fold<A>(most, [](auto a, auto b) { return max_or_nan(a, b); });
+
+  struct Pooled {
+    Vec<A> sum, max;
+  };
+  Pooled pool() const {
+    Vec<A> sums[L]{}, most[L]{};
+    each_group([&]<int G>(int64_t first, std::integral_constant<int, G>, auto gate) CONVBLOCKS_LOOP {
+      const T* const from = x + first * stride;
+      std::array<Vec<A>, G> sum{}, max;
+      max.fill(splat<Vec<A>>(kLowest<A>));
+      for_lanes<T>(c, [&, from, stride = stride](int64_t i, auto lanes) CONVBLOCKS_LOOP {
+        const Vec<A> own = gate(i, lanes);
+#pragma GCC unroll 4
+        for (int g = 0; g < G; g++) {
+          const T* const at = from + g * stride + i;
+          sum[g] += load(at, lanes) * own;
+          max[g] = max_or_nan(max[g], load(at, lanes, kLowest<A>) * own);
+        }
+      });
+      for (int g = 0; g < G; g++) {
+        sums[first + g] = sum[g];
+        most[first + g] = max[g];
+      }
+    });
+    return {fold<A>(sums, [](auto a, auto b) { return a + b; }),
+            fold<A>(most, [](auto a, auto b) { return max_or_nan(a, b); })};
   }
   Vec<A> ties(Vec<A> max) const {
     Vec<A> counts[L]{};
-    for (int l = 0; l < count; l++) {
-      const Vec<A> most = splat<Vec<A>>(max[l]);
-      Vec<A> n{};
-      for_lanes<T>(c, [&](int64_t i, auto lanes) CONVBLOCKS_LOOP {
-        n += count_of(gated(l, i, lanes, std::numeric_limits<A>::quiet_NaN()), most);
+    each_group([&]<int G>(int64_t first, std::integral_constant<int, G>, auto gate) CONVBLOCKS_LOOP {
+      const T* const from = x + first * stride;
+      std::array<Vec<A>, G> n{}, most;
+      for (int g = 0; g < G; g++) most[g] = splat<Vec<A>>(max[first + g]);
+      for_lanes<T>(c, [&, from, stride = stride](int64_t i, auto lanes) CONVBLOCKS_LOOP {
+        const Vec<A> own = gate(i, lanes);
+#pragma GCC unroll 4
+        for (int g = 0; g < G; g++) {
+          n[g] += count_of(load(from + g * stride + i, lanes, std::numeric_limits<A>::quiet_NaN()) * own, most[g]);
+        }
       });
-      counts[l] = n;
-    }
+      for (int g = 0; g < G; g++) counts[first + g] = n[g];
+    });
     return fold<A>(counts, [](auto a, auto b) { return a + b; });
   }
 };
@@ -149,8 +171,9 @@ void forward(const Context& context, const ChannelPoolArgs& a) {
       const int64_t at = t.chunk * hw + t.first_pixel;
       if (a.x.pixel == 1) return sum_planes<T>(a.x, sample, gates, t, sum + at, max + at);
       each_pixels<T>(a.x, sample, gates, t, [=](int64_t p, const Pixels<T>& pixels) {
-        store(sum + p, pixels.sum(), pixels.count);
-        store(max + p, pixels.max(), pixels.count);
+        const auto pooled = pixels.pool();
+        store(sum + p, pooled.sum, pixels.count);
+        store(max + p, pooled.max, pixels.count);
       });
     });
     T *means = row<T>(a.y, sample, 0), *maxima = row<T>(a.y, sample, 1);
@@ -234,20 +257,31 @@ void backward(const Context& context, const ChannelPoolBackwardArgs& a) {
       }
       std::fill_n(sums, c, A(0));
       each_pixels<T>(a.x, sample, gates, t, [=, &a](int64_t first, const Pixels<T>& some) {
-        const Vec<A> most = some.max(), tied = some.ties(most);
-        for (int l = 0; l < some.count; l++) {
+        const Vec<A> most = some.pool().max, tied = some.ties(most);
+        for (int l = 0; l < some.count; l++) set(first + l, most[l], tied[l]);
+        some.each_group([&, sums]<int G>(int64_t l, std::integral_constant<int, G>, auto gate) CONVBLOCKS_LOOP {
           const int64_t p = first + l;
-          set(p, most[l], tied[l]);
-          const A peak = most[l], base = pixels.base[p], top = pixels.top[p];
-          const T* x = some.x + l * some.stride;
-          T* to = row<T>(a.grad_x, sample, 0, p);
-          for_lanes<T>(c, [=](int64_t i, auto lanes) CONVBLOCKS_LOOP {
-            const Vec<A> v = load(x + i, lanes), gate = gates ? load(gates + i, lanes) : splat<Vec<A>>(1);
-            const Vec<A> d = base + (v * gate == peak ? splat<Vec<A>>(top) : Vec<A>{});
-            store(to + i, d * gate, lanes);
-            store(sums + i, load(sums + i, lanes) + d * v, lanes);
+          const T* const x = some.x + l * some.stride;
+          T* const to = row<T>(a.grad_x, sample, 0, p);
+          std::array<Vec<A>, G> peak, base, top;
+          for (int g = 0; g < G; g++) {
+            peak[g] = splat<Vec<A>>(pixels.max[p + g]);
+            base[g] = splat<Vec<A>>(pixels.base[p + g]);
+            top[g] = splat<Vec<A>>(pixels.top[p + g]);
+          }
+          for_lanes<T>(c, [=, from = some.stride, stride = a.grad_x.pixel](int64_t i, auto lanes) CONVBLOCKS_LOOP {
+            const Vec<A> own = gate(i, lanes);
+            Vec<A> sum = load(sums + i, lanes);
+#pragma GCC unroll 4
+            for (int g = 0; g < G; g++) {
+              const Vec<A> v = load(x + g * from + i, lanes);
+              const Vec<A> d = base[g] + (v * own == peak[g] ? top[g] : Vec<A>{});
+              store(to + g * stride + i, d * own, lanes);
+              sum += d * v;
+            }
+            store(sums + i, sum, lanes);
           });
-        }
+        });
       });
     });
     if (a.grad_channel) add_parts(by_channel, tiles.blocks, c, static_cast<W*>(a.grad_channel) + sample * c);

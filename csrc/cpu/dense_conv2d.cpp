@@ -13,14 +13,12 @@
 namespace convblocks::cpu {
 namespace {
 
-// Of a tile: what the registers hold.
+// The pixels of a group are taken V vectors of output channels at a time, kGroup / V of them: what the registers hold.
 #if defined(__AVX512F__)
-constexpr int kRows = 12;
+constexpr int kGroup = 24;
 #else
-constexpr int kRows = 6;
+constexpr int kGroup = 12;
 #endif
-template <class A>
-constexpr int kColumns = 2 * kLanes<A>;
 
 // Of weights and of input that are used together, and of weights that are in the first cache with all else.
 constexpr int64_t kPackedBytes = 192 << 10, kPixelBytes = 128 << 10, kNearBytes = 16 << 10;
@@ -29,40 +27,44 @@ constexpr int64_t kTerms = 128;  // sums of more are built from sums of so many,
 template <class A>
 class Convolution {
  public:
-  static constexpr int L = kLanes<A>, C = kColumns<A>;
+  static constexpr int L = kLanes<A>;
 
   explicit Convolution(const DenseConv2dArgs& args) : a(args) {
-    // Of few channels, the taps of a row are one run of memory: it costs less to begin few runs.
-    whole_rows_ = a.kernel_w > 1 && a.c < 128 && a.dilation_w == 1 && a.x.pixel == a.c;
-    runs_ = whole_rows_ ? a.kernel_h : a.kernel_h * a.kernel_w;
-    length_ = whole_rows_ ? a.kernel_w * a.c : a.c;
+    // Of few channels, the taps of a row are one run of memory, in a padded copy: it costs less to begin few runs.
+    gathers_ = a.kernel_w > 1 && a.c < 128 && a.dilation_w == 1;
+    runs_ = gathers_ ? a.kernel_h : a.kernel_h * a.kernel_w;
+    length_ = gathers_ ? a.kernel_w * a.c : a.c;
+    width_ = (a.out_w - 1) * a.stride_w + a.kernel_w;
   }
 
-  int64_t panels() const { return (a.out_c + C - 1) / C; }
+  // The output channels are cut into panels of two vectors; the last has three, or one if that is all.
+  int64_t vectors() const { return (a.out_c + L - 1) / L; }
+  int64_t panels() const { return std::max<int64_t>(1, vectors() / 2); }
   int64_t pixels() const { return a.n * a.out_h * a.out_w; }
-  int64_t panel_size() const { return runs_ * length_ * C; }
+  int64_t panel_size() const { return runs_ * length_ * 2 * L; }  // but for the last
 
-  // Panels [first, last) of the weights, each (runs, length, C).
+  // Panels [first, last) of the weights, each (runs, length, vectors, L).
   void pack(int64_t first, int64_t last, A* to) const {
     const int64_t taps = a.kernel_h * a.kernel_w, k = runs_ * length_;
     const bool in_place = taps == 1 || a.weight_channels_last;
     const A *const weight = static_cast<const A*>(a.weight), *const scale = static_cast<const A*>(a.scale);
-    for (int64_t o = first * C; o < std::min(last * C, a.out_c); o += L) {
-      A* const panel = to + (o / C - first) * panel_size() + o % C;
+    for (int64_t vector = 2 * first; vector < 2 * last - 2 + width(last - 1); vector++) {
+      const int64_t o = vector * L, number = std::min(vector / 2, panels() - 1), stride = width(number) * L;
+      A* const panel = to + (number - first) * panel_size() + (vector - 2 * number) * L;
       const int count = static_cast<int>(std::min<int64_t>(L, a.out_c - o));
       const Vec<A> factor = scale ? load(scale + o, count) : splat<Vec<A>>(1);
       int64_t channel = 0, tap = 0;
       for (int64_t i = 0; i < k; i += L) {
         const int rows = static_cast<int>(std::min<int64_t>(L, k - i));
         Vec<A> v[L];
-#pragma GCC unroll 16
+#pragma GCC unroll 24
         for (int l = 0; l < L; l++) {
           const A* from = weight + (o + l) * k + i;
           v[l] = l >= count ? Vec<A>{} : rows == L ? load(from) : load(from, rows);
         }
         transpose<A>(v);
         for (int l = 0; l < rows; l++) {
-          store(panel + (in_place ? i + l : tap * a.c + channel) * C, v[l] * factor);
+          store(panel + (in_place ? i + l : tap * a.c + channel) * stride, v[l] * factor);
           if (++tap == taps) tap = 0, channel++;
         }
       }
@@ -71,25 +73,26 @@ class Convolution {
 
   // Pixels [begin, end) of the output channels of panels [first, last).
   void run(int64_t first, int64_t last, const A* packed, int64_t begin, int64_t end) {
-    const int64_t most = std::clamp<int64_t>(kPixelBytes / int64_t(a.c * sizeof(A)) / kRows, 4, 32) * kRows;
+    const int64_t bytes = a.c * sizeof(A) * (gathers_ ? a.stride_h * a.stride_w : 1);
+    const int64_t most = std::clamp<int64_t>(kPixelBytes / bytes / kGroup, 2, gathers_ ? 64 : 16) * kGroup;
+    const int64_t hw = a.out_h * a.out_w;
     zeros_.resize(length_);
-    edges_ = std::make_unique_for_overwrite<A[]>(whole_rows_ ? most * runs_ * length_ : 0);
     runs_of_.resize(most * runs_);
     outputs_.resize(most);
-    for (int64_t at = begin; at < end; at += most) {
-      const int64_t stop = std::min(end, at + most);
-      locate(at, stop);
-      const auto tile = [&](int64_t panel, int64_t p) {
-        const int count = static_cast<int>(std::min<int64_t>(kRows, stop - at - p));
-        columns(panel * C, packed + (panel - first) * panel_size(), p, count);
+    for (int64_t at = begin, stop; at < end; at = stop) {
+      stop = std::min({end, at + most, (at / hw + 1) * hw});
+      locate(at / hw, at % hw, stop - at);
+      const auto group = [&](int64_t panel, int64_t p) {
+        const int count = static_cast<int>(std::min<int64_t>(kGroup, stop - at - p));
+        columns(panel, packed + (panel - first) * panel_size(), p, count);
       };
       if ((last - first) * panel_size() * int64_t(sizeof(A)) <= kNearBytes) {
-        for (int64_t p = 0; p < stop - at; p += kRows) {
-          for (int64_t i = first; i < last; i++) tile(i, p);
+        for (int64_t p = 0; p < stop - at; p += kGroup) {
+          for (int64_t i = first; i < last; i++) group(i, p);
         }
       } else {
         for (int64_t i = first; i < last; i++) {
-          for (int64_t p = 0; p < stop - at; p += kRows) tile(i, p);
+          for (int64_t p = 0; p < stop - at; p += kGroup) group(i, p);
         }
       }
     }
@@ -101,68 +104,108 @@ class Convolution {
     const A* residual;
   };
 
-  // Where pixels [begin, end) of the output are, and where the runs that they are made of begin: of kRows pixels
-  // together, the last of all stands in for those that are missing.
-  void locate(int64_t begin, int64_t end) {
-    int64_t column = begin % a.out_w, line = begin / a.out_w % a.out_h, sample = begin / a.out_w / a.out_h;
-    A* edge = edges_.get();
-    for (int64_t p = 0; p < end - begin; p++) {
-      const A* const map = row<const A>(a.x, sample, 0);
-      const int64_t top = line * a.stride_h - a.top, left = column * a.stride_w - a.left;
-      const A** to = &runs_of_[p / kRows * kRows * runs_ + p % kRows];
-      for (int64_t i = 0; i < a.kernel_h; i++) {
-        const int64_t h = top + i * a.dilation_h;
-        const bool inside = h >= 0 && h < a.h;
-        if (whole_rows_) {
-          const int64_t from = std::max<int64_t>(left, 0), until = std::min(left + a.kernel_w, a.w);
-          *to = inside && from < until ? map + (h * a.w + from) * a.c : zeros_.data();
-          if (inside && from < until && until - from < a.kernel_w) {
-            std::fill_n(edge, length_, A(0));
-            std::copy_n(*to, (until - from) * a.c, edge + (from - left) * a.c);
-            *to = edge;
-            edge += length_;
-          }
-          to += kRows;
-          continue;
-        }
-        for (int64_t j = 0; j < a.kernel_w; j++, to += kRows) {
-          const int64_t w = left + j * a.dilation_w;
-          *to = inside && w >= 0 && w < a.w ? map + (h * a.w + w) * a.x.pixel : zeros_.data();
-        }
-      }
-      const int64_t pixel = line * a.out_w + column;
-      outputs_[p] = {row<A>(a.y, sample, 0, pixel),
-                     a.residual.data ? row<const A>(a.residual, sample, 0, pixel) : nullptr};
-      if (++column == a.out_w) {
-        column = 0;
-        if (++line == a.out_h) line = 0, sample++;
-      }
+  int64_t width(int64_t panel) const { return panel + 1 == panels() ? vectors() - 2 * panel : 2; }
+
+  // Where `count` pixels of a sample of the output are, and where the runs that they are made of begin. Those of a group
+  // lie side by side; the last stands in for those that are missing.
+  void locate(int64_t sample, int64_t first, int64_t count) {
+    const A* const residual = a.residual.data ? row<const A>(a.residual, sample, 0, first) : nullptr;
+    A* const y = row<A>(a.y, sample, 0, first);
+    for (int64_t p = 0; p < count; p++) {
+      outputs_[p] = {y + p * a.y.pixel, residual ? residual + p * a.residual.pixel : nullptr};
     }
-    for (int64_t p = end - begin; p % kRows; p++) {
-      const A** const tile = &runs_of_[p / kRows * kRows * runs_ + p % kRows];
-      for (int64_t i = 0; i < runs_; i++) tile[i * kRows] = tile[i * kRows - 1];
+    const int64_t line = first / a.out_w, column = first % a.out_w;
+    const bool as_they_are = a.kernel_h * a.kernel_w == 1 && a.top == 0 && a.left == 0 && a.stride_h == 1 &&
+                             a.stride_w == 1 && a.out_h == a.h && a.out_w == a.w;
+    if (as_they_are) {
+      const A* const x = row<const A>(a.x, sample, 0, first);
+      for (int64_t p = 0; p < count; p++) runs_of_[p] = x + p * a.x.pixel;
+    } else if (gathers_) {
+      gather(sample, line, (first + count - 1) / a.out_w);
+      each_pixel(line, column, count, [this, line](int64_t h, int64_t w, const A** to) {
+        const A* from = gathered_.get() + ((h - line) * a.stride_h * width_ + w * a.stride_w) * a.c;
+        for (int64_t i = 0; i < runs_; i++) to[i * kGroup] = from + i * a.dilation_h * width_ * a.c;
+      });
+    } else {
+      const A* const map = row<const A>(a.x, sample, 0);
+      each_pixel(line, column, count, [this, map](int64_t line, int64_t column, const A** to) {
+        for (int64_t i = 0; i < a.kernel_h; i++) {
+          const int64_t h = line * a.stride_h - a.top + i * a.dilation_h;
+          for (int64_t j = 0; j < a.kernel_w; j++, to += kGroup) {
+            const int64_t w = column * a.stride_w - a.left + j * a.dilation_w;
+            const bool inside = h >= 0 && h < a.h && w >= 0 && w < a.w;
+            *to = inside ? map + (h * a.w + w) * a.x.pixel : zeros_.data();
+          }
+        }
+      });
+    }
+    for (int64_t p = count; p % kGroup; p++) {
+      const A** const to = &runs_of_[p / kGroup * kGroup * runs_ + p % kGroup];
+      for (int64_t i = 0; i < runs_; i++) to[i * kGroup] = to[i * kGroup - 1];
     }
   }
 
-  // `count` pixels of the C output channels from o on: the frequent activations, which need few registers, as constants.
-  void columns(int64_t o, const A* weights, int64_t pixel, int count) const {
-    const auto with = [&]<class R>(R, auto activation) {
-      if (a.out_c - o > L)
-        tile<R::value, 2>(o, weights, pixel, count, activation);
-      else
-        tile<R::value, 1>(o, weights, pixel, count, activation);
-    };
-    const auto rows = [&](auto activation) {
-      if (count > kRows / 2)
-        with(std::integral_constant<int, kRows>{}, activation);
-      else
-        with(std::integral_constant<int, kRows / 2>{}, activation);
+  template <class F>
+  void each_pixel(int64_t line, int64_t column, int64_t count, F f) {
+    for (int64_t p = 0; p < count; p++) {
+      f(line, column, &runs_of_[p / kGroup * kGroup * runs_ + p % kGroup]);
+      if (++column == a.out_w) column = 0, line++;
+    }
+  }
+
+  // The lines of the input that lines [first, last] of the output are made of, with their padding.
+  void gather(int64_t sample, int64_t first, int64_t last) {
+    const int64_t top = first * a.stride_h - a.top,
+                  lines = (last - first) * a.stride_h + (a.kernel_h - 1) * a.dilation_h + 1,
+                  kept = std::clamp<int64_t>(width_ - a.left, 0, a.w), size = lines * width_ * a.c;
+    if (size > gathered_size_) gathered_ = std::make_unique_for_overwrite<A[]>(gathered_size_ = size);
+    A* to = gathered_.get();
+    const auto skip = [&](int64_t pixels) { to = std::fill_n(to, pixels * a.c, A(0)); };
+    for (int64_t h = top; h < top + lines; h++) {
+      if (h < 0 || h >= a.h || kept == 0) {
+        skip(width_);
+        continue;
+      }
+      skip(a.left);
+      const A* const from = row<const A>(a.x, sample, 0, h * a.w);
+      if (a.x.pixel == a.c) {
+        to = std::copy_n(from, kept * a.c, to);
+      } else {
+        for (int64_t w = 0; w < kept; w++, to += a.c) {
+          for_lanes<A>(a.c, [to, from = from + w * a.x.pixel](int64_t i, auto lanes)
+                                CONVBLOCKS_LOOP { store(to + i, load(from + i, lanes), lanes); });
+        }
+      }
+      skip(width_ - a.left - kept);
+    }
+  }
+
+  // `count` pixels of a group, of the output channels of a panel: the frequent activations, which need few registers, as
+  // constants.
+  void columns(int64_t panel, const A* weights, int64_t pixel, int count) const {
+    const auto with = [&](auto activation) {
+      switch (width(panel)) {
+        case 1: return rows<1>(panel, weights, pixel, count, activation);
+        case 2: return rows<2>(panel, weights, pixel, count, activation);
+        default: return rows<3>(panel, weights, pixel, count, activation);
+      }
     };
     switch (a.activation) {
-      case Activation::none: return rows(std::integral_constant<Activation, Activation::none>{});
-      case Activation::relu: return rows(std::integral_constant<Activation, Activation::relu>{});
-      case Activation::relu6: return rows(std::integral_constant<Activation, Activation::relu6>{});
-      default: return rows(a.activation);
+      case Activation::none: return with(std::integral_constant<Activation, Activation::none>{});
+      case Activation::relu: return with(std::integral_constant<Activation, Activation::relu>{});
+      case Activation::relu6: return with(std::integral_constant<Activation, Activation::relu6>{});
+      default: return with(a.activation);
+    }
+  }
+
+  template <int V, class Kind>
+  void rows(int64_t panel, const A* weights, int64_t pixel, int count, Kind activation) const {
+    constexpr int R = kGroup / V;
+    for (int r = 0; r < count; r += R) {
+      if (V == 3 || count - r > R / 2)
+        tile<R, V>(2 * panel * L, weights, pixel + r, std::min(R, count - r), activation);
+      else
+        tile<R / 2, V>(2 * panel * L, weights, pixel + r, count - r, activation);
     }
   }
 
@@ -170,39 +213,39 @@ class Convolution {
   void tile(int64_t o, const A* w, int64_t pixel, int count, Kind activation) const {
     Vec<A> acc[R][V]{}, total[R][V]{};
     const int64_t length = length_;
-    const A* const* runs = &runs_of_[pixel * runs_];
+    const A* const* runs = &runs_of_[pixel / kGroup * kGroup * runs_ + pixel % kGroup];
     int64_t terms = 0;
-    for (int64_t i = 0; i < runs_; i++, runs += kRows) {
+    for (int64_t i = 0; i < runs_; i++, runs += kGroup) {
       const A* from[R];
-#pragma GCC unroll 16
+#pragma GCC unroll 24
       for (int r = 0; r < R; r++) from[r] = runs[r];
       for (int64_t j = 0; j < length;) {
-        for (const int64_t stop = std::min(length, j + kTerms - terms % kTerms); j < stop; j++, terms++, w += C) {
+        for (const int64_t stop = std::min(length, j + kTerms - terms % kTerms); j < stop; j++, terms++, w += V * L) {
           Vec<A> b[V];
-#pragma GCC unroll 2
+#pragma GCC unroll 3
           for (int v = 0; v < V; v++) b[v] = load(w + v * L);
-#pragma GCC unroll 16
+#pragma GCC unroll 24
           for (int r = 0; r < R; r++) {
             const Vec<A> value = splat<Vec<A>>(from[r][j]);
-#pragma GCC unroll 2
+#pragma GCC unroll 3
             for (int v = 0; v < V; v++) acc[r][v] += value * b[v];
           }
         }
         if (terms % kTerms) continue;
-#pragma GCC unroll 16
+#pragma GCC unroll 24
         for (int r = 0; r < R; r++) {
-#pragma GCC unroll 2
+#pragma GCC unroll 3
           for (int v = 0; v < V; v++) total[r][v] += acc[r][v], acc[r][v] = Vec<A>{};
         }
       }
     }
     const A* const shift = a.shift ? static_cast<const A*>(a.shift) + o : nullptr;
     const Output* const outputs = &outputs_[pixel];
-#pragma GCC unroll 2
+#pragma GCC unroll 3
     for (int v = 0; v < V; v++) {
       const int lanes = static_cast<int>(std::min<int64_t>(L, a.out_c - o - v * L));
       const Vec<A> offset = shift ? load(shift + v * L, lanes) : Vec<A>{};
-#pragma GCC unroll 16
+#pragma GCC unroll 24
       for (int r = 0; r < R; r++) {
         if (r >= count) break;
         const auto [y, residual] = outputs[r];
@@ -220,10 +263,12 @@ class Convolution {
   }
 
   const DenseConv2dArgs& a;
-  bool whole_rows_;
+  bool gathers_;
   int64_t runs_, length_;  // of memory that a pixel of the output is made of
+  int64_t width_;          // of the padded input
   std::vector<A> zeros_;
-  std::unique_ptr<A[]> edges_;  // runs that reach over a border
+  std::unique_ptr<A[]> gathered_;
+  int64_t gathered_size_ = 0;
   std::vector<const A*> runs_of_;
   std::vector<Output> outputs_;
 };
@@ -235,7 +280,7 @@ void forward(const Context& context, const DenseConv2dArgs& args) {
   const int64_t together = std::clamp<int64_t>(kPackedBytes / int64_t(size * sizeof(A)), 1, panels);
   const auto run = [&](int64_t first, int64_t last, int64_t begin, int64_t end) {
     Convolution<A> part(args);
-    const Scratch<A> packed(together * size);
+    const Scratch<A> packed(together * size + size / 2);
     for (; first < last; first += together) {
       const int64_t stop = std::min(last, first + together);
       part.pack(first, stop, packed.data());
@@ -244,11 +289,12 @@ void forward(const Context& context, const DenseConv2dArgs& args) {
   };
   // Threads share the pixels, and each packs all weights; or, of many, the weights.
   const bool many = panels > together && (panels % context.threads == 0 || panels >= 16 * context.threads);
-  const bool small = pixels * size / kColumns<A> * args.out_c < 100000;  // not worth waking a thread for
-  const int64_t tiles = (pixels + kRows - 1) / kRows;
+  const bool small = pixels * size / (2 * kLanes<A>)*args.out_c < 100000;  // not worth waking a thread for
+  constexpr int64_t kUnit = kGroup / 4;
+  const int64_t units = (pixels + kUnit - 1) / kUnit;
   if (many) return parallel_for(context, panels, 1, [&](int64_t a, int64_t b) { run(a, b, 0, pixels); });
-  parallel_for(context, tiles, small ? tiles : 1,
-               [&](int64_t a, int64_t b) { run(0, panels, a * kRows, std::min(pixels, b * kRows)); });
+  parallel_for(context, units, small ? units : 1,
+               [&](int64_t a, int64_t b) { run(0, panels, a * kUnit, std::min(pixels, b * kUnit)); });
 }
 
 }  // namespace

@@ -85,7 +85,8 @@ void backward(const Context& context, const EcaBackwardArgs& a) {
     std::fill_n(wide, margin, A(0));
     std::fill_n(dl + c, margin, A(0));
     for (int64_t j = 0; j < k; j++) taps[j] = dot(dl, padded + j, c);
-    taps[k] = reduce_plane<A, 1>(c, [=](int64_t i, auto lanes) CONVBLOCKS_LOOP { return Vecs<A, 1>{load(dl + i, lanes)}; })[0];
+    taps[k] = reduce_plane<A, 1>(
+        c, [=](int64_t i, auto lanes) CONVBLOCKS_LOOP { return Vecs<A, 1>{load(dl + i, lanes)}; })[0];
     for_lanes<A>(filter.padded_size(), [=](int64_t i, auto lanes) CONVBLOCKS_LOOP {
       Vec<A> sum{};
       for (int64_t j = 0; j < k; j++) sum += filter.taps[j] * load(wide + i + margin - j, lanes);
@@ -110,8 +111,10 @@ void backward(const Context& context, const EcaBackwardArgs& a) {
   for (int64_t j = 0; j <= k; j++) {
     A sum = 0;
     for (int64_t sample = 0; sample < n; sample++) sum += tap_grads(sample)[j];
-    if (j < k) static_cast<W*>(a.grad_weight)[j] = static_cast<W>(sum);
-    else if (a.grad_bias) *static_cast<W*>(a.grad_bias) = static_cast<W>(sum);
+    if (j < k)
+      static_cast<W*>(a.grad_weight)[j] = static_cast<W>(sum);
+    else if (a.grad_bias)
+      *static_cast<W*>(a.grad_bias) = static_cast<W>(sum);
   }
 }
 
@@ -125,7 +128,9 @@ const char* convblocks_eca(const convblocks::Context& context, const convblocks:
 const char* convblocks_eca_backward(const convblocks::Context& context, const convblocks::EcaBackwardArgs& args) {
   return convblocks::cpu::dispatch(args.dtype, [&]<class T>(T) {
     using A = convblocks::cpu::Acc<T>;
-    if (args.weights.dtype == args.dtype) convblocks::cpu::backward<T, T>(context, args);
-    else convblocks::cpu::backward<T, A>(context, args);
+    if (args.weights.dtype == args.dtype)
+      convblocks::cpu::backward<T, T>(context, args);
+    else
+      convblocks::cpu::backward<T, A>(context, args);
   });
 }

@@ -14,15 +14,21 @@ T* at(const Map& map, int64_t sample, int64_t channel, int64_t pixel = 0) {
   return static_cast<T*>(map.data) + sample * map.batch + channel * map.channel + pixel * map.pixel;
 }
 
-// Calls f(activation, has_residual): the frequent activations, whose cost is that of choosing them, as constants.
-template <class F>
+// Calls f(activation, has_residual): those activations as constants whose cost is that of choosing them.
+template <class T, class F>
 void choose(Activation activation, const Map& residual, F f) {
   const auto with = [&](auto kind) { residual.data ? f(kind, std::true_type{}) : f(kind, std::false_type{}); };
-  switch (activation) {
-    case Activation::none: return with(std::integral_constant<Activation, Activation::none>{});
-    case Activation::relu: return with(std::integral_constant<Activation, Activation::relu>{});
-    default: return with(activation);
+  if (activation == Activation::none) return with(std::integral_constant<Activation, Activation::none>{});
+  if (activation == Activation::relu) return with(std::integral_constant<Activation, Activation::relu>{});
+  if constexpr (std::is_same_v<T, float>) {
+    switch (activation) {
+      case Activation::relu6: return with(std::integral_constant<Activation, Activation::relu6>{});
+      case Activation::hardswish: return with(std::integral_constant<Activation, Activation::hardswish>{});
+      case Activation::leaky_relu: return with(std::integral_constant<Activation, Activation::leaky_relu>{});
+      default: break;
+    }
   }
+  with(activation);
 }
 
 template <class T>
@@ -31,7 +37,7 @@ void forward(const Context& context, const ScaleShiftActArgs& a) {
   const A *scales = widened<A>(context, a.channels.scale, a.channels.dtype, a.c),
           *shifts = widened<A>(context, a.channels.shift, a.channels.dtype, a.c);
   const bool far = a.x.data != a.y.data && exceeds_caches(context, a.n * a.c * a.hw * sizeof(T));
-  choose(a.activation, a.residual, [&]<class R>(auto activation, R) {
+  choose<T>(a.activation, a.residual, [&]<class R>(auto activation, R) {
     if (a.x.pixel == 1) {
       parallel_for(context, a.n * a.c, std::max<int64_t>(1, 16384 / a.hw), [&](int64_t begin, int64_t end) {
         for (int64_t plane = begin; plane < end; plane++) {
@@ -99,7 +105,7 @@ void backward(const Context& context, const ScaleShiftActBackwardArgs& a) {
   // Of each sample the sums for the scales, then for the shifts; and those of its parts.
   const int64_t size = 2 * c + (a.x.pixel == 1 ? 0 : row_sums_size<2>(hw, c));
   A* workspace = static_cast<A*>(context.workspace(context, n * size * sizeof(A)));
-  choose(a.activation, a.residual, [&]<class R>(auto activation, R) {
+  choose<T>(a.activation, a.residual, [&]<class R>(auto activation, R) {
     for_each_sample(context, n, 2 * c * hw, [&](int64_t sample, const Team& team) {
       A* sums = workspace + sample * size;
       if (a.x.pixel == 1) {

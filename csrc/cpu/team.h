@@ -25,8 +25,10 @@ class Scratch {
   explicit Scratch(int64_t size) {
     constexpr int64_t kept = (2 << 20) / sizeof(A);
     static thread_local std::unique_ptr<A[]> lasting;
-    if (size > kept) own_ = std::make_unique_for_overwrite<A[]>(size);
-    else if (!lasting) lasting = std::make_unique_for_overwrite<A[]>(kept);
+    if (size > kept)
+      own_ = std::make_unique_for_overwrite<A[]>(size);
+    else if (!lasting)
+      lasting = std::make_unique_for_overwrite<A[]>(kept);
     data_ = own_ ? own_.get() : lasting.get();
   }
   A* data() const { return data_; }

@@ -122,6 +122,12 @@ inline Vec<Acc<T>> load(const T* p, int count, Acc<T> fill = 0) {
     const V v = widen((VecH)_mm256_maskz_loadu_epi16(mask, p), T{});
     return (V)_mm512_mask_mov_ps((__m512)splat<V>(fill), mask, (__m512)v);
   }
+#elif defined(__AVX2__)
+  if constexpr (std::is_same_v<T, float>) {
+    const VecI mask = VecI{0, 1, 2, 3, 4, 5, 6, 7} < count;
+    const VecF v = (VecF)_mm256_maskload_ps(p, (__m256i)mask);
+    return mask ? v : splat<VecF>(fill);
+  }
 #endif
   V v = splat<V>(fill);
   for (int i = 0; i < count; i++) v[i] = static_cast<Acc<T>>(p[i]);
@@ -137,7 +143,14 @@ inline void store(T* p, Vec<Acc<T>> v, int count) {
 #endif
   T lanes[kLanes<T>];
   store(lanes, v);
-  std::memcpy(p, lanes, count * sizeof(T));
+  const T* from = lanes;
+#pragma GCC unroll 4
+  for (int some = kLanes<T> / 2; some; some /= 2) {
+    if (!(count & some)) continue;
+    std::memcpy(p, from, some * sizeof(T));
+    p += some;
+    from += some;
+  }
 }
 
 // Past the caches, to an address aligned to the stored vector: nothing is read first, and nothing useful is pushed out.
@@ -167,20 +180,24 @@ inline void finish_stores() {
 
 // --- lanes ------------------------------------------------------------------------------------------------------------
 
-inline float sum_lanes(VecF v) {
-#if defined(__AVX512F__)
-  return _mm512_reduce_add_ps((__m512)v);
-#else
-  float s = 0;
-  for (int i = 0; i < kBytes / 4; i++) s += v[i];
-  return s;
-#endif
+// f of halves, of quarters, and so on to single lanes.
+template <int kHalf, class V, class F, int... I>
+inline Lane<V> fold_lanes(V v, F f, std::integer_sequence<int, I...> all) {
+  if constexpr (kHalf == 0) {
+    return v[0];
+  } else {
+    return fold_lanes<kHalf / 2>(f(v, __builtin_shufflevector(v, v, (I ^ kHalf)...)), f, all);
+  }
+}
+template <class V, class F>
+inline Lane<V> fold_lanes(V v, F f) {
+  constexpr int L = kBytes / sizeof(Lane<V>);
+  return fold_lanes<L / 2>(v, f, std::make_integer_sequence<int, L>{});
 }
 
-inline double sum_lanes(VecD v) {
-  double s = 0;
-  for (int i = 0; i < kBytes / 8; i++) s += v[i];
-  return s;
+template <class V>
+inline Lane<V> sum_lanes(V v) {
+  return fold_lanes(v, [](V a, V b) { return a + b; });
 }
 
 // Half of the lanes of the sums of a's pairs of lanes, kBit apart, and of b's.
@@ -213,9 +230,7 @@ inline V max_or_nan(V a, V b) {  // a NaN on either side stays, as in torch.amax
 
 template <class V>
 inline Lane<V> max_lanes(V v) {
-  Lane<V> m = v[0];
-  for (size_t i = 1; i < kBytes / sizeof(m); i++) m = v[i] > m || v[i] != v[i] ? v[i] : m;
-  return m;
+  return fold_lanes(v, [](V a, V b) { return max_or_nan(a, b); });
 }
 
 // --- functions --------------------------------------------------------------------------------------------------------

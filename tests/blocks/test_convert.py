@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import save_file
 from torch import nn
 
 import convblocks
@@ -187,3 +189,39 @@ def test_num_batches_tracked_may_be_missing() -> None:
     model = nn.Sequential(nn.BatchNorm2d(3))
     sd = {k: v for k, v in model.state_dict().items() if "tracked" not in k}
     model.load_state_dict(convert_state_dict(sd, model=model), strict=True)
+
+
+class Evil:
+    def __reduce__(self) -> tuple[Any, ...]:
+        return print, ("this file's code ran",)
+
+
+@pytest.mark.parametrize("wrapper", [None, "state_dict", "model"])
+def test_files_of_torch(wrapper: str | None, tmp_path: Path) -> None:
+    theirs = timm.layers.SEModule(64)
+    sd = theirs.state_dict()
+    torch.save(sd if wrapper is None else {wrapper: sd, "epoch": 3, "optimizer": {}}, tmp_path / "weights.pth")
+    ours = convblocks.SqueezeExcite(64, rd_channels=theirs.fc1.out_channels)
+    ours.load_state_dict(convert_state_dict(tmp_path / "weights.pth", model=ours))
+    assert torch.equal(ours.fc1.weight, theirs.fc1.weight)
+
+
+def test_files_of_safetensors(tmp_path: Path) -> None:
+    theirs = timm.create_model("resnet18", num_classes=7)
+    save_file(theirs.state_dict(), tmp_path / "model.safetensors")
+    ours = convblocks.models.resnet18(num_classes=7)
+    ours.load_state_dict(convert_state_dict(str(tmp_path / "model.safetensors"), model=ours))
+    x = torch.randn(1, 3, 64, 64)
+    torch.testing.assert_close(ours.eval()(x), theirs.eval()(x), rtol=1e-4, atol=1e-5)
+
+
+def test_files_that_hold_more_than_tensors(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    torch.save({"fc1.weight": Evil()}, tmp_path / "weights.pth")
+    with pytest.raises(ValueError, match="convert_state_dict: expected a file of tensors only"):
+        convert_state_dict(tmp_path / "weights.pth")
+    assert "code ran" not in capfd.readouterr().out
+    torch.save(torch.ones(3), tmp_path / "weights.pth")
+    with pytest.raises(TypeError, match=r"expected a state dict in .*weights\.pth, got Tensor"):
+        convert_state_dict(tmp_path / "weights.pth")
+    with pytest.raises(FileNotFoundError):
+        convert_state_dict(tmp_path / "none.pth")
