@@ -149,11 +149,14 @@ struct DenseConv2d {
                   std::string_view activation) {
     const auto number = [](const c10::SymInt& value) { return value.expect_int(); };
     DenseConv2dArgs args{};
-    if (!kernels_convolve(x) || memory_format(y) != at::MemoryFormat::ChannelsLast) {
+    const auto format = memory_format(y);
+    const bool planes = format != at::MemoryFormat::ChannelsLast;
+    const bool unsuited = planes && (x.size(1) < 8 || number(dilation[1]) != 1);
+    if (!kernels_convolve(x) || unsuited) {
       const Tensor z = convolved(x, weight, stride, padding, dilation);
       const Channels channels(z, scale, shift);
-      const auto format = walk_format(y);
-      const Walk from(z, format), other(residual.value_or(z), format), to(y, format);
+      const auto walk = walk_format(y);
+      const Walk from(z, walk), other(residual.value_or(z), walk), to(y, walk);
       const ScaleShiftActArgs after{dtype_of(x), y.size(0),
                                     y.size(1),   y.size(2) * y.size(3),
                                     channels,    activation_of(activation),
@@ -162,8 +165,7 @@ struct DenseConv2d {
       args.after = &after;
       return kernel(args);
     }
-    constexpr auto format = at::MemoryFormat::ChannelsLast;
-    const bool channels_last = weight.is_contiguous(format) && !weight.is_contiguous();
+    const bool channels_last = weight.is_contiguous(at::MemoryFormat::ChannelsLast) && !weight.is_contiguous();
     const Tensor w = channels_last ? weight : weight.contiguous();
     const auto dense = [](const MaybeTensor& t) { return t.has_value() ? MaybeTensor(t->contiguous()) : t; };
     const MaybeTensor factor = dense(scale), offset = dense(shift);
@@ -190,6 +192,7 @@ struct DenseConv2d {
             data_of(factor),
             data_of(offset),
             activation_of(activation),
+            planes,
             from.map,
             residual.has_value() ? other.map : Map{},
             to.map};

@@ -12,7 +12,8 @@ struct DenseConv2dArgs {
   bool weight_channels_last;  // its memory is (out_c, kernel_h, kernel_w, c)
   const void *scale, *shift;  // (out_c), or null: 1 and 0
   Activation activation;
-  Map x, residual, y;  // channels_last; residual's data is null where there is none
+  bool planes;         // the maps' memory: planes, with a dilation_w of 1, or else channels_last
+  Map x, residual, y;  // residual's data is null where there is none
 };
 
 }  // namespace convblocks

@@ -71,17 +71,15 @@ struct PartialConv2d {
     const auto call = [&](const DenseConv2dArgs* conv) {
       return [&kernel, conv](const ShuffleArgs& pieces) { kernel(PartialConv2dArgs{conv, pieces}); };
     };
-    // Of few channels in many pixels, torch's convolution was measured to be faster.
-    const bool few = weight.size(0) <= 16 && x.size(0) * x.size(2) * x.size(3) > 16384;
-    if (!kernels_convolve(x) || few) {
+    if (!kernels_convolve(x)) {
       return call_shuffle(call(nullptr), y, {convolved(arranged(x, weight), weight), rest(x, weight)}, 1, false);
     }
-    constexpr auto channels_last = at::MemoryFormat::ChannelsLast;
+    const auto format = walk_format(x);
     // From a slice of x into a slice of y; a single channel that is left would be walked as a plane.
-    const bool direct = walk_format(x) == channels_last && x.size(1) - weight.size(0) != 1;
-    const Tensor w = weight.contiguous(), from = direct ? first(x, weight) : first(x, weight).contiguous(channels_last);
-    const Tensor to = direct ? first(y, weight) : at::empty_like(from, from.options(), channels_last);
-    const Walk input(from, channels_last), output(to, channels_last);
+    const bool direct = x.size(1) - weight.size(0) != 1;
+    const Tensor w = weight.contiguous(), from = first(x, weight);
+    const Tensor to = direct ? first(y, weight) : at::empty_like(from, from.options(), format);
+    const Walk input(from, format), output(to, format);
     const int64_t p = w.size(0), k = w.size(2);
     DenseConv2dArgs conv{};
     conv.dtype = dtype_of(x);
@@ -91,6 +89,7 @@ struct PartialConv2d {
     conv.stride_h = conv.stride_w = conv.dilation_h = conv.dilation_w = 1;
     conv.weight = w.const_data_ptr();
     conv.activation = Activation::none;
+    conv.planes = format != at::MemoryFormat::ChannelsLast;
     conv.x = input.map, conv.y = output.map;
     if (direct) return call_shuffle(call(&conv), rest(y, weight), {rest(x, weight)}, 1, false);
     kernel(PartialConv2dArgs{&conv, {}});

@@ -1,6 +1,7 @@
-// Dense convolution on the CPU, channels_last: a product of matrices whose rows are pixels and whose columns are output
-// channels. Weights are laid out anew at each call, a few panels of columns at a time, so that a panel is used while it is
-// in the second cache; the scale is multiplied into it on the way. The input is read where it is.
+// Dense convolution on the CPU: a product of matrices whose rows are pixels and whose columns are output channels. Weights
+// are laid out anew at each call, a few panels of columns at a time, so that a panel is used while it is in the second
+// cache; the scale is multiplied into it on the way. In channels_last the input is read where it is, or of few channels
+// from a padded copy of a few lines; planes are exchanged with channels in that copy, and in one of the output.
 #include "../dense_conv2d.h"
 
 #include <algorithm>
@@ -24,6 +25,29 @@ constexpr int kGroup = 12;
 constexpr int64_t kPackedBytes = 192 << 10, kPixelBytes = 128 << 10, kNearBytes = 16 << 10;
 constexpr int64_t kTerms = 128;  // sums of more are built from sums of so many, which lose less to rounding
 
+// to[column][row] = from[row][column]; so many elements from one row to the next.
+template <class A>
+void transpose_into(const A* from, int64_t from_stride, int64_t rows, int64_t columns, A* to, int64_t to_stride) {
+  constexpr int L = kLanes<A>;
+  for (int64_t i = 0; i < rows; i += L) {
+    const int height = static_cast<int>(std::min<int64_t>(L, rows - i));
+    for_lanes<A>(columns, [=](int64_t j, auto lanes) CONVBLOCKS_LOOP {
+      const int64_t width = std::min<int64_t>(L, columns - j);
+      Vec<A> v[L];
+#pragma GCC unroll 16
+      for (int l = 0; l < L; l++) v[l] = l < height ? load(from + (i + l) * from_stride + j, lanes) : Vec<A>{};
+      transpose<A>(v);
+      A* const at = to + j * to_stride + i;
+      for (int64_t l = 0; l < width; l++) {
+        if (height == L)
+          store(at + l * to_stride, v[l]);
+        else
+          store(at + l * to_stride, v[l], height);
+      }
+    });
+  }
+}
+
 template <class A>
 class Convolution {
  public:
@@ -31,7 +55,8 @@ class Convolution {
 
   explicit Convolution(const DenseConv2dArgs& args) : a(args) {
     // Of few channels, the taps of a row are one run of memory, in a padded copy: it costs less to begin few runs.
-    gathers_ = a.kernel_w > 1 && a.c < 128 && a.dilation_w == 1;
+    exchanges_ = a.planes && a.x.channel != 1;
+    gathers_ = exchanges_ || (a.kernel_w > 1 && a.c < 128 && a.dilation_w == 1);
     runs_ = gathers_ ? a.kernel_h : a.kernel_h * a.kernel_w;
     length_ = gathers_ ? a.kernel_w * a.c : a.c;
     width_ = (a.out_w - 1) * a.stride_w + a.kernel_w;
@@ -79,9 +104,16 @@ class Convolution {
     zeros_.resize(length_);
     runs_of_.resize(most * runs_);
     outputs_.resize(most);
+    const int64_t channel = 2 * first * L, channels = std::min(a.out_c, (2 * last - 2 + width(last - 1)) * L) - channel;
+    if (a.planes) exchanged_ = std::make_unique_for_overwrite<A[]>(most * vectors() * L);
     for (int64_t at = begin, stop; at < end; at = stop) {
       stop = std::min({end, at + most, (at / hw + 1) * hw});
-      locate(at / hw, at % hw, stop - at);
+      const int64_t sample = at / hw, pixel = at % hw, row_size = vectors() * L;
+      locate(sample, pixel, stop - at);
+      if (a.planes && a.residual.data) {
+        transpose_into(row<const A>(a.residual, sample, channel, pixel), a.residual.channel, channels, stop - at,
+                       exchanged_.get() + channel, row_size);
+      }
       const auto group = [&](int64_t panel, int64_t p) {
         const int count = static_cast<int>(std::min<int64_t>(kGroup, stop - at - p));
         columns(panel, packed + (panel - first) * panel_size(), p, count);
@@ -94,6 +126,10 @@ class Convolution {
         for (int64_t i = first; i < last; i++) {
           for (int64_t p = 0; p < stop - at; p += kGroup) group(i, p);
         }
+      }
+      if (a.planes) {
+        transpose_into<A>(exchanged_.get() + channel, row_size, stop - at, channels,
+                          row<A>(a.y, sample, channel, pixel), a.y.channel);
       }
     }
   }
@@ -109,14 +145,13 @@ class Convolution {
   // Where `count` pixels of a sample of the output are, and where the runs that they are made of begin. Those of a group
   // lie side by side; the last stands in for those that are missing.
   void locate(int64_t sample, int64_t first, int64_t count) {
-    const A* const residual = a.residual.data ? row<const A>(a.residual, sample, 0, first) : nullptr;
-    A* const y = row<A>(a.y, sample, 0, first);
-    for (int64_t p = 0; p < count; p++) {
-      outputs_[p] = {y + p * a.y.pixel, residual ? residual + p * a.residual.pixel : nullptr};
-    }
+    A* const y = a.planes ? exchanged_.get() : row<A>(a.y, sample, 0, first);
+    const A* const residual = !a.residual.data ? nullptr : a.planes ? y : row<const A>(a.residual, sample, 0, first);
+    const int64_t y_step = a.planes ? vectors() * L : a.y.pixel, step = a.planes ? y_step : a.residual.pixel;
+    for (int64_t p = 0; p < count; p++) outputs_[p] = {y + p * y_step, residual ? residual + p * step : nullptr};
     const int64_t line = first / a.out_w, column = first % a.out_w;
-    const bool as_they_are = a.kernel_h * a.kernel_w == 1 && a.top == 0 && a.left == 0 && a.stride_h == 1 &&
-                             a.stride_w == 1 && a.out_h == a.h && a.out_w == a.w;
+    const bool as_they_are = !gathers_ && a.kernel_h * a.kernel_w == 1 && a.top == 0 && a.left == 0 &&
+                             a.stride_h == 1 && a.stride_w == 1 && a.out_h == a.h && a.out_w == a.w;
     if (as_they_are) {
       const A* const x = row<const A>(a.x, sample, 0, first);
       for (int64_t p = 0; p < count; p++) runs_of_[p] = x + p * a.x.pixel;
@@ -168,7 +203,10 @@ class Convolution {
       }
       skip(a.left);
       const A* const from = row<const A>(a.x, sample, 0, h * a.w);
-      if (a.x.pixel == a.c) {
+      if (exchanges_) {
+        transpose_into(from, a.x.channel, a.c, kept, to, a.c);
+        to += kept * a.c;
+      } else if (a.x.pixel == a.c) {
         to = std::copy_n(from, kept * a.c, to);
       } else {
         for (int64_t w = 0; w < kept; w++, to += a.c) {
@@ -263,21 +301,40 @@ class Convolution {
   }
 
   const DenseConv2dArgs& a;
-  bool gathers_;
-  int64_t runs_, length_;  // of memory that a pixel of the output is made of
-  int64_t width_;          // of the padded input
+  bool exchanges_, gathers_;  // planes of the input with channels; input in a copy
+  int64_t runs_, length_;     // of memory that a pixel of the output is made of
+  int64_t width_;             // of the padded input
   std::vector<A> zeros_;
-  std::unique_ptr<A[]> gathered_;
+  std::unique_ptr<A[]> gathered_, exchanged_;  // of the input, and of the output where planes are asked for
   int64_t gathered_size_ = 0;
   std::vector<const A*> runs_of_;
   std::vector<Output> outputs_;
 };
 
+// The channels of each pixel of planes side by side.
 template <class A>
-void forward(const Context& context, const DenseConv2dArgs& args) {
+Map interleaved(const Context& context, const Map& x, int64_t n, int64_t c, int64_t hw) {
+  A* const to = static_cast<A*>(context.workspace(context, n * c * hw * sizeof(A)));
+  constexpr int64_t kRun = 8 * kLanes<A>;
+  const int64_t runs = (hw + kRun - 1) / kRun;
+  parallel_for(context, n * runs, 1, [=](int64_t begin, int64_t end) {
+    for (int64_t i = begin; i < end; i++) {
+      const int64_t sample = i / runs, pixel = i % runs * kRun;
+      transpose_into(row<const A>(x, sample, 0, pixel), x.channel, c, std::min(kRun, hw - pixel),
+                     to + (sample * hw + pixel) * c, c);
+    }
+  });
+  return {to, c * hw, 1, c};
+}
+
+template <class A>
+void forward(const Context& context, DenseConv2dArgs args) {
   const Convolution<A> whole(args);
   const int64_t panels = whole.panels(), pixels = whole.pixels(), size = whole.panel_size();
   const int64_t together = std::clamp<int64_t>(kPackedBytes / int64_t(size * sizeof(A)), 1, panels);
+  // Threads share the pixels, and each packs all weights; or, of many, the weights.
+  const bool many = panels > together && (panels % context.threads == 0 || panels >= 16 * context.threads);
+  if (args.planes && panels > together) args.x = interleaved<A>(context, args.x, args.n, args.c, args.h * args.w);
   const auto run = [&](int64_t first, int64_t last, int64_t begin, int64_t end) {
     Convolution<A> part(args);
     const Scratch<A> packed(together * size + size / 2);
@@ -287,8 +344,6 @@ void forward(const Context& context, const DenseConv2dArgs& args) {
       part.run(first, stop, packed.data(), begin, end);
     }
   };
-  // Threads share the pixels, and each packs all weights; or, of many, the weights.
-  const bool many = panels > together && (panels % context.threads == 0 || panels >= 16 * context.threads);
   const bool small = pixels * size / (2 * kLanes<A>)*args.out_c < 100000;  // not worth waking a thread for
   constexpr int64_t kUnit = kGroup / 4;
   const int64_t units = (pixels + kUnit - 1) / kUnit;

@@ -144,8 +144,8 @@ inline void store(T* p, Vec<Acc<T>> v, int count) {
   T lanes[kLanes<T>];
   store(lanes, v);
   const T* from = lanes;
-#pragma GCC unroll 4
-  for (int some = kLanes<T> / 2; some; some /= 2) {
+#pragma GCC unroll 5
+  for (int some = kLanes<T>; some; some /= 2) {
     if (!(count & some)) continue;
     std::memcpy(p, from, some * sizeof(T));
     p += some;
