@@ -3,8 +3,11 @@
 #include <ATen/ops/convolution.h>
 #include <ATen/ops/convolution_backward.h>
 #include <ATen/ops/empty.h>
+#include <ATen/ops/empty_like.h>
 #include <ATen/ops/ones.h>
 #include <ATen/ops/zeros.h>
+
+#include <cmath>
 
 #include "convolves.h"
 #include "gate_formula.h"
@@ -163,7 +166,9 @@ struct DenseConv2d {
                                     from.map,    residual.has_value() ? other.map : Map{},
                                     to.map};
       args.after = &after;
-      return kernel(args);
+      kernel(args);
+      if (!to.tensor.is_same(y)) y.copy_(to.tensor);
+      return;
     }
     const bool channels_last = weight.is_contiguous(at::MemoryFormat::ChannelsLast) && !weight.is_contiguous();
     const Tensor w = channels_last ? weight : weight.contiguous();
@@ -197,6 +202,7 @@ struct DenseConv2d {
             residual.has_value() ? other.map : Map{},
             to.map};
     kernel(args);
+    if (!to.tensor.is_same(y)) y.copy_(to.tensor);
   }
 
   static void run_backward(const Call& kernel, Grads& grads, const Tensor& grad, const Tensor& x, const Tensor& weight,
@@ -224,5 +230,76 @@ struct DenseConv2d {
 };
 
 CONVBLOCKS_REGISTER(DenseConv2d)
+
+// A convolution of a module and the norm after it, at inference on the CPU.
+struct ConvNorm {
+  using MaybeTensor = std::optional<Tensor>;
+
+  static constexpr const char* name = "_conv_norm";
+  static constexpr const char* schema =
+      "(Tensor x, Tensor weight, Tensor? bias, Tensor? mean, Tensor? var, Tensor? gamma, Tensor? beta, float eps, "
+      "Tensor? residual, Tensor(a!)? out, int[2] stride, int[] padding, int[2] dilation, str activation) -> Tensor?";
+
+  // What the norm does to each channel, the bias before it included, as a factor and an offset.
+  template <class A>
+  static void factors(const MaybeTensor& bias, const Tensor& mean, const Tensor& var, const MaybeTensor& gamma,
+                      const MaybeTensor& beta, double eps, const Tensor& scale, const Tensor& shift) {
+    const auto data = [](const MaybeTensor& t) { return static_cast<const A*>(data_of(t)); };
+    const A *m = data(mean), *v = data(var), *g = data(gamma), *offset = data(beta), *before = data(bias);
+    A *const to = static_cast<A*>(scale.data_ptr()), *const to_shift = static_cast<A*>(shift.data_ptr());
+    for (int64_t i = 0; i < mean.numel(); i++) {
+      to[i] = (g ? g[i] : A(1)) / std::sqrt(v[i] + static_cast<A>(eps));
+      to_shift[i] = (offset ? offset[i] : A(0)) - (before ? m[i] - before[i] : m[i]) * to[i];
+    }
+  }
+
+  // Into `out` if it is dense and `out` is of its size. With four numbers of padding (left, right, top, bottom) it is depthwise. Nothing where
+  // the tensors are not of one dtype on the CPU, or do not fit together: the modules themselves say why.
+  static MaybeTensor run(const Tensor& x, const Tensor& weight, const MaybeTensor& bias, const MaybeTensor& mean,
+                         const MaybeTensor& var, const MaybeTensor& gamma, const MaybeTensor& beta, double eps,
+                         const MaybeTensor& residual, const MaybeTensor& out, at::IntArrayRef stride,
+                         at::IntArrayRef padding, at::IntArrayRef dilation, std::string_view activation) {
+    const bool depthwise = padding.size() == 4;
+    const auto alike = [&](const Tensor& t) { return t.is_cpu() && t.scalar_type() == x.scalar_type(); };
+    const auto fits = [&](const MaybeTensor& t) {
+      return !t.has_value() || (alike(*t) && t->is_contiguous() && t->numel() == weight.size(0));
+    };
+    const bool floats = x.scalar_type() == at::kFloat || x.scalar_type() == at::kDouble;
+    if (!floats || is_empty(x) || !alike(weight) || weight.size(1) != (depthwise ? 1 : x.size(1)) || !fits(bias) ||
+        !fits(mean) || !fits(var) || !fits(gamma) || !fits(beta)) {
+      return std::nullopt;
+    }
+    MaybeTensor scale, shift = bias;
+    if (mean.has_value()) {
+      scale = at::empty_like(*mean), shift = at::empty_like(*mean);
+      const auto run = x.scalar_type() == at::kDouble ? factors<double> : factors<float>;
+      run(bias, *mean, *var, gamma, beta, eps, *scale, *shift);
+    }
+    const auto numbers = [](at::IntArrayRef values) { return c10::fromIntArrayRefSlow(values); };
+    if (depthwise) {
+      static auto op = c10::Dispatcher::singleton()
+                           .findSchemaOrThrow("convblocks::depthwise_conv2d", "")
+                           .typed<Tensor(const Tensor&, const Tensor&, const MaybeTensor&, c10::SymIntArrayRef,
+                                         c10::SymIntArrayRef, c10::SymIntArrayRef, std::string_view)>();
+      const Tensor factor = scale.has_value() ? weight * scale->view({-1, 1, 1, 1}) : weight;
+      const Tensor y = op.call(x, factor, shift, numbers(stride), numbers(padding), numbers(dilation), activation);
+      return y;
+    }
+    const auto call = [&](auto f) {
+      return f(x, weight, scale, shift, residual, numbers(stride), numbers(padding), numbers(dilation), activation);
+    };
+    const KernelSlot& slot = Operator<DenseConv2d>::forward_slot;
+    if (!slot.on(x)) return std::nullopt;
+    call(DenseConv2d::check);
+    const auto size = call(DenseConv2d::output_size);
+    const bool into = out.has_value() && out->sym_sizes() == c10::SymIntArrayRef(size) && alike(*out);
+    const Tensor y = into ? *out : empty_map(x, size);
+    call([&](const auto&... args) { DenseConv2d::run(Call(DenseConv2d::name, slot, x), y, args...); });
+    return y;
+  }
+};
+
+TORCH_LIBRARY_FRAGMENT(convblocks, m) { Operator<DenseConv2d>::define_once(m, ConvNorm::name, ConvNorm::schema, {}); }
+TORCH_LIBRARY_IMPL(convblocks, CPU, m) { m.impl(ConvNorm::name, ConvNorm::run); }
 
 }  // namespace convblocks

@@ -5,8 +5,6 @@
 #include <ATen/ops/sum.h>
 #include <torch/csrc/autograd/variable.h>
 
-#include <cmath>
-
 #include "gate_formula.h"
 #include "op.h"
 
@@ -139,35 +137,6 @@ struct ScaleShiftAct {
 };
 
 CONVBLOCKS_REGISTER(ScaleShiftAct)
-
-// What a norm does at inference on the CPU, with the bias of a convolution before it: a factor and an offset for each
-// channel, the two rows of the result.
-static Tensor scale_and_shift(const Tensor& mean, const Tensor& var, const std::optional<Tensor>& weight,
-                              const std::optional<Tensor>& bias, const std::optional<Tensor>& before, double eps) {
-  const int64_t c = mean.numel();
-  const Tensor result = at::empty({2, c}, mean.options());
-  const auto run = [&]<class A>(A) {
-    const auto data = [&](const std::optional<Tensor>& t) {
-      TORCH_CHECK(!t.has_value() || (t->scalar_type() == mean.scalar_type() && t->numel() == c && t->is_contiguous()),
-                  "convblocks: expected a norm's tensors of one dtype and ", c, " channels");
-      return static_cast<const A*>(data_of(t));
-    };
-    const A *m = data(mean), *v = data(var), *gamma = data(weight), *beta = data(bias), *b = data(before);
-    A *const scale = static_cast<A*>(result.data_ptr()), *const shift = scale + c;
-    for (int64_t i = 0; i < c; i++) {
-      scale[i] = (gamma ? gamma[i] : A(1)) / std::sqrt(v[i] + static_cast<A>(eps));
-      shift[i] = (beta ? beta[i] : A(0)) - (b ? m[i] - b[i] : m[i]) * scale[i];
-    }
-  };
-  mean.scalar_type() == at::kDouble ? run(double{}) : run(float{});
-  return result;
-}
-TORCH_LIBRARY_FRAGMENT(convblocks, m) {
-  Operator<ScaleShiftAct>::define_once(
-      m, "_scale_and_shift",
-      "(Tensor mean, Tensor var, Tensor? weight, Tensor? bias, Tensor? before, float eps) -> Tensor", {});
-}
-TORCH_LIBRARY_IMPL(convblocks, CPU, m) { m.impl("_scale_and_shift", scale_and_shift); }
 
 // The form that writes over x.
 TORCH_LIBRARY_FRAGMENT(convblocks, m) {

@@ -12,7 +12,7 @@ from convblocks.blocks.arguments import positive
 from convblocks.blocks.batch_norm_act import BatchNormAct2d
 from convblocks.blocks.conv_norm_act import ConvNormAct
 from convblocks.blocks.depthwise_conv2d import DepthwiseConv2d
-from convblocks.blocks.fused import Layers
+from convblocks.blocks.fused import Layers, Room, run_into
 from convblocks.blocks.layers import is_plain
 
 
@@ -69,14 +69,17 @@ class ASPP(nn.Module):
         self.project = nn.Sequential(*ConvNormAct(len(branches) * out, out, 1), nn.Identity(), nn.Dropout(dropout))
 
     def forward(self, x: Tensor) -> Tensor:
-        *branches, pooled = (branch(x) for branch in self.convs)
+        *convs, pool = self.convs
         conv: Any = self.project[0]
+        room = Room(x, [conv.out_channels] * len(convs))
+        branches = [run_into(branch, x, out) for branch, out in zip(convs, room.parts, strict=True)]
+        pooled = pool(x)
         eager = torch.is_grad_enabled() or backends.selected == "reference"
         if self.training or eager or not (is_plain(conv, nn.Conv2d) and is_plain(self.project, nn.Sequential)):
             branches.append(pooled.expand(-1, -1, *x.shape[2:]))
             projected: Tensor = self.project(torch.cat(branches, 1))
             return projected
-        y = torch.cat(branches, 1)
+        y = room.filled(branches)
         own, of_pooled = conv.weight.split((y.shape[1], pooled.shape[1]), 1)
         y = F.conv2d(y, own).add_(F.conv2d(pooled, of_pooled))
         normalised: Tensor = self.project[1:](y)

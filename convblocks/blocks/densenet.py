@@ -8,6 +8,7 @@ from convblocks.blocks.arguments import positive
 from convblocks.blocks.attention import Attention, attention_layer
 from convblocks.blocks.batch_norm_act import BatchNormAct2d
 from convblocks.blocks.fused import convolve, of_inference
+from convblocks.blocks.layers import is_plain
 
 
 class DenseLayer(nn.Module):
@@ -59,9 +60,11 @@ class DenseLayer(nn.Module):
         self.se = attention_layer(name, attention, k)
         self.drop_rate = drop_rate
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, x: Tensor, out: Tensor | None = None) -> Tensor:
+        """Inference may leave the result in ``out``, the part of a map."""
         y: Tensor = self.norm1(x)
-        y = convolve(self.conv2, convolve(self.conv1, y, self.norm2)) if self.reduces else convolve(self.conv1, y)
+        last, y = (self.conv2, convolve(self.conv1, y, self.norm2)) if self.reduces else (self.conv1, y)
+        y = convolve(last, y, out=out)
         y = y if self.se is None else self.se(y)
         return F.dropout(y, self.drop_rate, self.training) if self.drop_rate else y
 
@@ -108,7 +111,7 @@ class DenseBlock(nn.Module):
                 in_channels + i * growth_rate, growth_rate, bn_size, attention=attention, drop_rate=drop_rate
             )
             self.add_module(f"denselayer{i + 1}", layer)
-        self.out_channels = in_channels + layers * growth_rate
+        self.growth_rate, self.out_channels = growth_rate, in_channels + layers * growth_rate
 
     def forward(self, x: Tensor) -> Tensor:
         if of_inference(x):
@@ -125,9 +128,11 @@ class DenseBlock(nn.Module):
             y = x.new_empty(n, self.out_channels, h, w)
         y[:, :c] = x
         for layer in self.children():
-            new = layer(y[:, :c])
-            y[:, c : c + new.shape[1]] = new
-            c += new.shape[1]
+            out = y[:, c : c + self.growth_rate]
+            new = layer(y[:, :c], out=out) if is_plain(layer, DenseLayer) else layer(y[:, :c])
+            if new.data_ptr() != out.data_ptr():
+                out.copy_(new)
+            c += self.growth_rate
         return y
 
 

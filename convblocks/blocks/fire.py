@@ -6,7 +6,7 @@ from torch import Tensor, nn
 from convblocks.blocks.arguments import positive
 from convblocks.blocks.attention import Attention, attention_layer
 from convblocks.blocks.drop_path import check_drop_path, drop_path
-from convblocks.blocks.fused import convolve
+from convblocks.blocks.fused import Room, convolve
 
 
 class Fire(nn.Module):
@@ -64,7 +64,12 @@ class Fire(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         s = convolve(self.squeeze, x, activation="relu")
-        y = torch.cat([convolve(expand, s, activation="relu") for expand in (self.expand1x1, self.expand3x3)], 1)
+        expands = (self.expand1x1, self.expand3x3)
+        room = Room(s, [expand.out_channels for expand in expands])
+        maps = [
+            convolve(expand, s, activation="relu", out=part) for expand, part in zip(expands, room.parts, strict=True)
+        ]
+        y = room.filled(maps)
         y = y if self.se is None else self.se(y)
         return drop_path(y, self.drop_path, self.training) + x if self.bypass else y
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 import torch
@@ -14,8 +14,6 @@ from convblocks import backends
 from convblocks.blocks.batch_norm_act import INPLACE, BatchNormAct2d
 from convblocks.blocks.depthwise_conv2d import DepthwiseConv2d, padding_of
 from convblocks.blocks.layers import is_plain
-from convblocks.ops.dense_conv2d import operator as dense
-from convblocks.ops.depthwise_conv2d import operator as depthwise
 from convblocks.ops.gate import ACTIVATIONS
 from convblocks.ops.operator import memory_format
 
@@ -67,12 +65,14 @@ def convolve(
     norm: nn.Module | None = None,
     residual: Tensor | None = None,
     activation: str = "none",
+    out: Tensor | None = None,
 ) -> Tensor:
     """``act(norm(conv(x)) + residual)``; a norm of ours adds the residual itself and ends in its own activation.
 
-    One operation where it is inference on the CPU and the layers do no more than their classes do.
+    One operation where it is inference on the CPU and the layers do no more than their classes do. ``out``, part of a
+    ``Room``, is then where the result is.
     """
-    y = _as_one(conv, x, norm, residual, activation) if runs_alone(x) else None
+    y = _as_one(conv, x, norm, residual, activation, out) if runs_alone(x) else None
     if y is not None:
         return y
     y = conv(x)
@@ -84,55 +84,75 @@ def convolve(
     return y if activation == "none" else INPLACE.get(activation, ACTIVATIONS[activation])(y)
 
 
-def _scale_and_shift(norm: nn.BatchNorm2d, bias: Tensor | None) -> list[Tensor]:
-    """``scale_shift``, quickly."""
-    mean, var, p = norm.running_mean, norm.running_var, norm._parameters
-    return list(torch.ops.convblocks._scale_and_shift(mean, var, p["weight"], p["bias"], bias, norm.eps))
-
-
-def _as_one(conv: Any, x: Tensor, norm: Any, residual: Tensor | None, activation: str) -> Tensor | None:
+def _as_one(
+    conv: Any, x: Tensor, norm: Any, residual: Tensor | None, activation: str, out: Tensor | None
+) -> Tensor | None:
     own = type(conv) is DepthwiseConv2d
-    if not (is_plain(conv, DepthwiseConv2d if own else nn.Conv2d) and conv._parameters.keys() >= _PARAMETERS):
+    parameters = conv._parameters
+    if not (is_plain(conv, DepthwiseConv2d if own else nn.Conv2d) and parameters.keys() >= _PARAMETERS):
         return None  # pruned, weight norm: they are computed
-    weight, bias = conv._parameters["weight"], conv._parameters["bias"]
-    if not (type(weight) is nn.Parameter and weight.dtype == x.dtype and x.shape[1] == conv.in_channels):
+    weight, bias = parameters["weight"], parameters["bias"]
+    if type(weight) is not nn.Parameter or conv.padding_mode != "zeros":
         return None
-    scale, shift, after = None, bias, activation
+    mean = var = gamma = beta = None
+    eps, after = 0.0, activation
     if norm is not None:
         own_norm = is_plain(norm, BatchNormAct2d)
         if not (own_norm or is_plain(norm, nn.BatchNorm2d)) or norm.training or norm.running_mean is None:
             return None
-        tensors = [*norm._parameters.values(), norm.running_mean, norm.running_var, bias]
-        if not (norm._parameters.keys() >= _PARAMETERS and norm.num_features == conv.out_channels):
+        if not norm._parameters.keys() >= _PARAMETERS:
             return None
-        if not all(t is None or (t.dtype == x.dtype and t.is_cpu and t.is_contiguous()) for t in tensors):
-            return None
+        mean, var, eps = norm.running_mean, norm.running_var, norm.eps
+        gamma, beta = norm._parameters["weight"], norm._parameters["bias"]
         after = norm.function if own_norm else activation
     fused = after if after in _CHEAP else "none"
     if own:
-        if norm is None or residual is not None or conv.padding_mode != "zeros" or conv.activation_name != "none":
+        if norm is None or residual is not None or conv.activation_name != "none":
             return None
-        scale, shift = _scale_and_shift(norm, bias)
-        weight, padding = weight * scale[:, None, None, None], padding_of(conv, x, conv.same)
-        y: Tensor = depthwise(x, weight, shift, conv.stride, padding, conv.dilation, fused)
+        padding = padding_of(conv, x, conv.same)
+    elif conv.groups > 1 or isinstance(conv.padding, str):
+        return None
     else:
-        if conv.groups > 1 or conv.padding_mode != "zeros" or isinstance(conv.padding, str):
-            return None
-        if memory_format(x) != torch.channels_last:
-            return None
-        if norm is not None:
-            scale, shift = _scale_and_shift(norm, bias)
-        y = dense(x, weight, scale, shift, residual, conv.stride, conv.padding, conv.dilation, fused)
-    if fused == after:
+        padding = conv.padding
+    norms = (mean, var, gamma, beta, eps)
+    y: Tensor | None = torch.ops.convblocks._conv_norm(
+        x, weight, bias, *norms, residual, out, conv.stride, padding, conv.dilation, fused
+    )
+    if y is None or fused == after:
         return y
     ended: Tensor = norm.end(y) if after is None else INPLACE.get(after, ACTIVATIONS[after])(y)
     return ended
 
 
-def run_layers(layers: Iterable[nn.Module], x: Any, residual: Tensor | None = None) -> Any:
+class Room:
+    """One map for several side by side, where inference on the CPU writes them; elsewhere they are concatenated."""
+
+    def __init__(self, x: Tensor | None, channels: Sequence[int]) -> None:
+        """For maps of so many channels, of the size and in the memory format of x; there is none without x."""
+        self.whole: Tensor | None = None
+        self.parts: Sequence[Tensor | None] = [None] * len(channels)
+        if x is not None and runs_alone(x):
+            n, _, h, w = x.shape
+            last = memory_format(x) == torch.channels_last
+            c = sum(channels)
+            self.whole = x.new_empty(n, h, w, c).permute(0, 3, 1, 2) if last else x.new_empty(n, c, h, w)
+            self.parts = self.whole.split(list(channels), 1)
+
+    def filled(self, maps: Sequence[Tensor]) -> Tensor:
+        """All maps, which are computed with ``out=room.parts[i]`` or else anywhere."""
+        if self.whole is None or [y.shape for y in maps] != [part.shape for part in self.parts if part is not None]:
+            return torch.cat(list(maps), 1)
+        for part, y in zip(self.parts, maps, strict=True):
+            if part is not None and y.data_ptr() != part.data_ptr():
+                part.copy_(y)
+        return self.whole
+
+
+def run_layers(layers: Iterable[nn.Module], x: Any, residual: Tensor | None = None, out: Tensor | None = None) -> Any:
     """The layers in turn, convolutions with what follows them.
 
-    The last one, a norm, a convolution or a branch, adds the residual.
+    The last one, a norm, a convolution or a branch, adds the residual. ``out``, part of a ``Room``, is where the result
+    may be.
     """
     row = list(layers)
     while row:
@@ -143,15 +163,22 @@ def run_layers(layers: Iterable[nn.Module], x: Any, residual: Tensor | None = No
         after = row[0] if row and isinstance(layer, nn.Conv2d) else None
         if isinstance(after, nn.BatchNorm2d):
             row = row[1:]
-            x = convolve(layer, x, after, None if row else residual)
+            x = convolve(layer, x, after, None if row else residual, out=None if row else out)
         elif is_plain(after, nn.ReLU) and runs_alone(x):
             row = row[1:]
-            x = convolve(layer, x, activation="relu")
+            x = convolve(layer, x, activation="relu", out=None if row else out)
         elif isinstance(layer, nn.Conv2d):
-            x = convolve(layer, x, None, None if row else residual)
+            x = convolve(layer, x, None, None if row else residual, out=None if row else out)
         else:
             x = layer(x) if row or residual is None else layer(x, residual)
     return x
+
+
+def run_into(layer: nn.Module, x: Tensor, out: Tensor | None) -> Tensor:
+    """``layer(x)``, in ``out`` if it is a row of layers that can write there."""
+    ours = isinstance(layer, Layers) and type(layer).forward is Layers.forward and is_plain(layer, type(layer))
+    y: Tensor = run_layers(layer.children(), x, out=out) if ours and out is not None else layer(x)
+    return y
 
 
 class Layers(nn.Sequential):

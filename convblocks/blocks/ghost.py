@@ -14,7 +14,7 @@ from convblocks.blocks.batch_norm_act import BatchNormAct2d
 from convblocks.blocks.conv_norm_act import ConvNormAct
 from convblocks.blocks.depthwise_conv2d import DepthwiseConv2d
 from convblocks.blocks.drop_path import check_drop_path, drop_path
-from convblocks.blocks.fused import Layers, convolve
+from convblocks.blocks.fused import Layers, Room, convolve, run_into
 from convblocks.blocks.squeeze_excite import SqueezeExcite
 
 _SE = partial(SqueezeExcite, rd_ratio=1 / 4, rd_round_fn=partial(make_divisible, divisor=4), gate_layer="hardsigmoid")
@@ -72,7 +72,8 @@ class GhostModule(nn.Module):
             if positive(name, what, kernel) % 2 == 0:
                 raise ValueError(f"{name}: expected an odd {what}, got {kernel}")
         first = math.ceil(out / ratio)
-        self.kept = out - first  # of the cheap channels
+        self.first, self.kept = first, out - first  # of the cheap channels
+        self.strideless = stride == 1
         conv = partial(ConvNormAct, names=("0", "1"), activation=activation, device=device, dtype=dtype)
         self.primary_conv = conv(c, first, kernel_size, stride)
         self.cheap_operation = conv(first, first * (ratio - 1), dw_size, groups=first)
@@ -86,8 +87,9 @@ class GhostModule(nn.Module):
             )
 
     def forward(self, x: Tensor) -> Tensor:
-        x1 = self.primary_conv(x)
-        y = torch.cat((x1, self.cheap_operation(x1)[:, : self.kept]), 1)
+        room = Room(x if self.strideless else None, (self.first, self.kept))
+        x1 = run_into(self.primary_conv, x, room.parts[0])
+        y = room.filled((x1, self.cheap_operation(x1)[:, : self.kept]))
         if self.short_conv is None:
             return y
         gate = torch.sigmoid(self.short_conv(F.avg_pool2d(x, 2, 2)))

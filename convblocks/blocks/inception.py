@@ -3,13 +3,13 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 
 from convblocks.blocks.arguments import positive
 from convblocks.blocks.attention import Attention, attention_layer
 from convblocks.blocks.conv_norm_act import ConvNormAct
 from convblocks.blocks.depthwise_conv2d import Pair
+from convblocks.blocks.fused import Room, run_into
 
 # By the names of one layer or of two; what stands for a layer is said below.
 Branch = Mapping[str | tuple[str, str], Any]
@@ -61,15 +61,18 @@ class InceptionBranches(nn.Module):
         self.in_channels = positive(self.name, "in_channels", in_channels)
         self.norm_eps = norm_eps
         self.branches: list[list[tuple[str, ...]]] = []
+        self.widths: list[int] = []  # of what is concatenated
         self.out_channels = 0
         for branch in branches:
             channels, path = in_channels, []
+            widths: list[int] = []
             for names, steps in branch.items():
                 forks = ((names, steps),) if isinstance(names, str) else tuple(zip(names, steps, strict=True))
                 widths = [self._add(name, channels, step) for name, step in forks]
                 channels = sum(widths)
                 path.append(tuple(name for name, _ in forks))
             self.branches.append(path)
+            self.widths += widths
             self.out_channels += channels
         self.se = attention_layer(self.name, attention, self.attended())
 
@@ -90,13 +93,17 @@ class InceptionBranches(nn.Module):
         return channels
 
     def concatenate(self, x: Tensor) -> Tensor:
-        maps = []
+        maps: list[Tensor] = []
+        room = Room(None, self.widths)
         for branch in self.branches:
-            ends = [x]
-            for names in branch:
-                ends = [getattr(self, name)(ends[0]) for name in names]
-            maps += ends
-        return torch.cat(maps, 1)
+            y = x
+            for (name,) in branch[:-1]:
+                y = getattr(self, name)(y)
+            for name in branch[-1]:
+                maps.append(run_into(getattr(self, name), y, room.parts[len(maps)]))
+                if len(maps) == 1:  # all are of its size
+                    room = Room(maps[0], self.widths)
+        return room.filled(maps)
 
     def forward(self, x: Tensor) -> Tensor:
         y = self.concatenate(x)

@@ -1,13 +1,12 @@
 from __future__ import annotations
 
-import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from convblocks.blocks.arguments import positive
 from convblocks.blocks.attention import Attention
 from convblocks.blocks.batch_norm_act import BatchNormAct2d
-from convblocks.blocks.fused import convolve
+from convblocks.blocks.fused import Room, convolve
 from convblocks.blocks.resnet import ResidualBlock
 
 
@@ -89,12 +88,13 @@ class Res2NetBottleneck(ResidualBlock):
     def forward(self, x: Tensor) -> Tensor:
         parts = convolve(self.conv1, x, self.bn1).chunk(self.scale, 1)
         made: list[Tensor] = []
-        for part, conv, bn in zip(parts, self.convs, self.bns, strict=False):
+        room = Room(parts[0] if self.stride == 1 else None, [parts[0].shape[1]] * len(parts))
+        for part, conv, bn, out in zip(parts, self.convs, self.bns, room.parts, strict=False):
             part = part + made[-1] if made and self.kind == "normal" else part
-            made.append(convolve(conv, part, bn))
+            made.append(convolve(conv, part, bn, out=out))
         if self.scale > 1:
             made.append(parts[-1] if self.kind == "normal" else F.avg_pool2d(parts[-1], 3, self.stride, 1))
-        y = torch.cat(made, 1)
+        y = room.filled(made)
         return self.end(convolve, self.conv3, y if self.middle is None else self.middle(y), self.bn3, x)
 
     def extra_repr(self) -> str:

@@ -47,10 +47,17 @@ def _plainly(layers: nn.Sequential, x: Tensor) -> Tensor:
 
 @pytest.fixture
 def calls(monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """What has run as one operation."""
     seen: list[str] = []
-    for name in ("dense", "depthwise"):
-        run: Callable[..., Any] = getattr(fused, name)
-        monkeypatch.setattr(fused, name, lambda *a, run=run, name=name: (seen.append(name), run(*a))[1])
+    run = fused._as_one
+
+    def noted(conv: nn.Module, *args: Any) -> Tensor | None:
+        y = run(conv, *args)
+        if y is not None:
+            seen.append("depthwise" if isinstance(conv, convblocks.DepthwiseConv2d) else "dense")
+        return y
+
+    monkeypatch.setattr(fused, "_as_one", noted)
     return seen
 
 
@@ -116,6 +123,28 @@ def test_nothing_is_kept(name: str) -> None:
         after = layers(X)
         assert not torch.allclose(before, after)
         torch.testing.assert_close(after, _plainly(layers, X))
+
+
+@built
+@pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last])
+def test_maps_side_by_side(layout: torch.memory_format) -> None:
+    """Written where they belong; what cannot be is copied there, and what does not fit is concatenated."""
+    layers = _layers()
+    x = torch.randn(2, 8, 5, 7).contiguous(memory_format=layout)
+    row = fused.Layers(layers[4], layers[5])
+    with torch.no_grad():
+        room = fused.Room(x, (6, 8))
+        first = fused.run_into(row, x, room.parts[0])
+        assert first.data_ptr() == room.filled((first, x)).data_ptr()
+        torch.testing.assert_close(room.filled((first, x)), torch.cat((_plainly(row, x), x), 1))
+        assert room.filled((first, x)).is_contiguous(memory_format=layout)
+        row[0].register_forward_hook(lambda _, __, y: y + 1)
+        hooked = fused.run_into(row, x, room.parts[0])
+        torch.testing.assert_close(room.filled((hooked, x)), torch.cat((_plainly(row, x), x), 1))
+        room = fused.Room(x, (5, 8))
+        other = fused.run_into(row, x, room.parts[0])
+        torch.testing.assert_close(room.filled((other, x)), torch.cat((_plainly(row, x), x), 1))
+    assert fused.Room(x, (6, 8)).whole is None  # as gradients may be wanted
 
 
 @pytest.mark.parametrize("name", ["resnet18", "unet", "parnet_s", "deeplabv3_resnet50"])
