@@ -22,8 +22,8 @@ constexpr int kGroup = 12;
 #endif
 
 // Of weights and of input that are used together, and of weights that are in the first cache with all else.
-constexpr int64_t kPackedBytes = 192 << 10, kPixelBytes = 128 << 10, kNearBytes = 16 << 10;
-constexpr int64_t kTerms = 128;  // sums of more are built from sums of so many, which lose less to rounding
+constexpr int64_t kPackedBytes = 256 << 10, kPixelBytes = 128 << 10, kNearBytes = 16 << 10;
+constexpr int64_t kTerms = 256;  // sums of more are built from sums of so many, which lose less to rounding
 
 // to[column][row] = from[row][column]; so many elements from one row to the next.
 template <class A>
@@ -56,7 +56,7 @@ class Convolution {
   explicit Convolution(const DenseConv2dArgs& args) : a(args) {
     // Of few channels, the taps of a row are one run of memory, in a padded copy: it costs less to begin few runs.
     exchanges_ = a.planes && a.x.channel != 1;
-    gathers_ = exchanges_ || (a.kernel_w > 1 && a.c < 128 && a.dilation_w == 1);
+    gathers_ = exchanges_ || (a.kernel_w > 1 && a.c < 64 && a.dilation_w == 1);
     runs_ = gathers_ ? a.kernel_h : a.kernel_h * a.kernel_w;
     length_ = gathers_ ? a.kernel_w * a.c : a.c;
     width_ = (a.out_w - 1) * a.stride_w + a.kernel_w;
