@@ -18,7 +18,7 @@ from torch import Tensor
 from convblocks import backends
 from convblocks.accuracy import Judge
 from convblocks.opinfo import LAYOUTS, OPS, OpInfo, Sample
-from tests.conftest import EMULATED, INTERPRETED
+from tests.conftest import BACKENDS, EMULATED, INTERPRETED
 
 T = TypeVar("T")
 
@@ -26,27 +26,36 @@ T = TypeVar("T")
 SLOW = INTERPRETED or EMULATED is not None
 once = pytest.mark.skipif(SLOW, reason="tested with the other backends; nothing differs here")
 
+# Not of the reference, which is what kernels are measured by, and whose derivatives are torch's.
+of_kernels = pytest.mark.parametrize("backend", [b for b in BACKENDS if b != "reference"], indirect=True)
+
 each_op = pytest.mark.parametrize("info", OPS.values(), ids=OPS.keys())
 
 
-def _options(every: bool) -> list[Any]:
+def _options(every: bool, layouts: Sequence[str] = (), share: int = 1) -> list[Any]:
     """All options of each operation; not ``every`` one where kernels are interpreted or emulated, but the first and the
-    last, the rest being slow."""
+    last, the rest being slow. With ``layouts``, each option in one of ``share`` of them, which change from one option
+    to the next."""
     return [
         pytest.param(
             info,
             o,
-            id=f"{info.name}-{'-'.join(f'{k}_{v}' for k, v in o.items())}",
+            *layout,
+            id="-".join((info.name, *(f"{k}_{v}" for k, v in o.items()), *layout)),
             marks=() if every or not SLOW or i in (0, len(info.options) - 1) else pytest.mark.slow,
         )
         for info in OPS.values()
         for i, o in enumerate(info.options)
+        for layout in ([(name,) for name in layouts[i % share :: share]] if layouts else [()])
     ]
 
 
 every_option = pytest.mark.parametrize(("info", "options"), _options(every=True))
 each_option = pytest.mark.parametrize(("info", "options"), _options(every=False))
-each_layout = pytest.mark.parametrize("layout", ["channels_last_slice", "crop"] if SLOW else list(LAYOUTS))
+each_layout = pytest.mark.parametrize(
+    ("info", "options", "layout"),
+    _options(False, ["channels_last_slice", "crop"] if SLOW else list(LAYOUTS), share=1 if SLOW else 3),
+)
 both_layouts = pytest.mark.parametrize("layout", ["contiguous", "channels_last"])
 
 

@@ -22,6 +22,7 @@ from tests.ops.common import (
     both_layouts,
     each_op,
     each_option,
+    of_kernels,
     once,
     operator,
     with_grad,
@@ -29,6 +30,7 @@ from tests.ops.common import (
 
 
 @pytest.mark.parametrize("layout", affordable(["contiguous", "channels_last", "channel_slice"], 1))
+@of_kernels
 @each_option
 def test_gradcheck(info: OpInfo, options: Options, layout: str, backend: str, device: str) -> None:
     """Numeric against analytic, in reverse and forward mode; also batched gradients."""
@@ -41,6 +43,7 @@ def test_gradcheck(info: OpInfo, options: Options, layout: str, backend: str, de
 
 @once
 @both_layouts
+@of_kernels
 @each_option
 def test_gradgradcheck(info: OpInfo, options: Options, layout: str, backend: str, device: str) -> None:
     """The second derivative is that of a formula, on every backend."""
