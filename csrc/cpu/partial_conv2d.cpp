@@ -19,12 +19,13 @@ const char* convblocks_partial_conv2d(const Context& context, const PartialConv2
   DenseConv2dArgs conv = *args.first;
   ShuffleArgs rest = args.pieces;
   if (!rest.count) return convblocks_dense_conv2d(context, conv);
-  constexpr int64_t bytes = 1 << 20;
   ShufflePart part = rest.parts[0];
   rest.parts = &part;
   const size_t size = rest.dtype == Dtype::f64 ? 8 : 4;
-  const int64_t sample = (conv.c + rest.c) * rest.hw * static_cast<int64_t>(size);
-  const int64_t together = std::max<int64_t>(1, bytes / sample);
+  const auto bytes = [size](int64_t count) { return count * static_cast<int64_t>(size); };
+  const int64_t weights = bytes(conv.c * conv.out_c * conv.kernel_h * conv.kernel_w);  // laid out anew each time
+  const int64_t together =
+      std::max<int64_t>(1, std::max<int64_t>(1 << 20, 16 * weights) / bytes((conv.c + rest.c) * rest.hw));
   for (int64_t left = rest.n; left > 0; left -= together) {
     conv.n = rest.n = std::min(left, together);
     const char* error = convblocks_dense_conv2d(context, conv);
