@@ -1,23 +1,33 @@
 // A 3x3, 5x5 or 7x7 depthwise convolution of stride 1 or 2 with pixels in the lanes, for planes of float in NCHW: nothing
-// is rearranged. For processors whose vectors load and store under a mask.
+// is rearranged. For processors whose vectors load under a mask.
 #pragma once
 #include "../depthwise_conv2d.h"
 #include "depthwise_row.h"
 
 namespace convblocks::cpu {
 
+#if defined(__AVX2__)
 #if defined(__AVX512F__)
+using Mask = uint32_t;
+#else
+using Mask = VecI;
+#endif
+
 inline bool planes_fit(const DepthwiseConv2dShape& s, const Map& x, const Map& y) {
   const int64_t k = s.kernel_h;
+#if defined(__AVX512F__)
   const bool filter = k == s.kernel_w && (k == 3 || k == 5 || (k == 7 && s.out_w > 8));  // else measured to be slower
+#else
+  const bool filter = k == s.kernel_w && (k == 3 || k == 5 || k == 7) && s.c * s.multiplier <= 2 && s.out_w > 16;
+#endif
   return filter && s.stride_h == s.stride_w && s.stride_h <= 2 && s.dilation_h == 1 && s.dilation_w == 1 &&
          x.pixel == 1 && y.pixel == 1;
 }
 
-// P planes share a vector: where they are narrow, two. K is the size of the filter.
+// P planes share a vector: where they are narrow, two of AVX-512. K is the size of the filter.
 template <int P, int K>
 struct Planes {
-  static constexpr int kWidth = 16 / P, kRows = K == 3 ? 4 : 7;
+  static constexpr int kWidth = kLanes<float> / P, kRows = K == 3 ? 4 : 7;
   const float* in[P];
   float* out[P];
   const float* weight[P];
@@ -26,8 +36,9 @@ struct Planes {
   Activation activation;
   float* sums[P];  // of the results of each plane; or null
 
+#if defined(__AVX512F__)
   // The lanes from `begin` to `end` of so many.
-  static uint32_t lanes(int64_t begin, int64_t end, int width) {
+  static Mask lanes(int64_t begin, int64_t end, int width) {
     begin = std::clamp<int64_t>(begin, 0, width);
     end = std::clamp<int64_t>(end, begin, width);
     return static_cast<uint32_t>((uint64_t{1} << end) - (uint64_t{1} << begin));
@@ -37,16 +48,16 @@ struct Planes {
     if constexpr (P == 1) return splat<VecF>(f(0));
     return (VecF)_mm512_insertf32x8(_mm512_set1_ps(f(0)), _mm256_set1_ps(f(P - 1)), 1);
   }
-  VecF load(int64_t offset, uint32_t mask) const {
+  VecF load(int64_t offset, Mask mask) const {
     if constexpr (P == 1) return (VecF)_mm512_maskz_loadu_ps(mask, in[0] + offset);
     const __m512 low = _mm512_castps256_ps512(_mm256_maskz_loadu_ps(mask, in[0] + offset));
     return (VecF)_mm512_insertf32x8(low, _mm256_maskz_loadu_ps(mask, in[P - 1] + offset), 1);
   }
   // Of both planes, the lanes in the mask; zeros else.
-  static VecF select(VecF v, uint32_t mask) {
+  static VecF select(VecF v, Mask mask) {
     return (VecF)_mm512_maskz_mov_ps(P == 1 ? mask : mask | mask << kWidth, (__m512)v);
   }
-  void store(int64_t offset, VecF v, uint32_t mask) const {
+  void store(int64_t offset, VecF v, Mask mask) const {
     if constexpr (P == 1) {
       _mm512_mask_storeu_ps(out[0] + offset, mask, (__m512)v);
     } else {
@@ -55,11 +66,45 @@ struct Planes {
     }
   }
 
+#else
+  static Mask lanes(int64_t begin, int64_t end, int width) {
+    const VecI lane{0, 1, 2, 3, 4, 5, 6, 7};
+    begin = std::clamp<int64_t>(begin, 0, width);
+    end = std::clamp<int64_t>(end, begin, width);
+    return (lane >= static_cast<int32_t>(begin)) & (lane < static_cast<int32_t>(end));
+  }
+  template <class F>
+  static VecF both(F f) {
+    return splat<VecF>(f(0));
+  }
+  VecF load(int64_t offset, Mask mask) const { return (VecF)_mm256_maskload_ps(in[0] + offset, (__m256i)mask); }
+  static VecF select(VecF v, Mask mask) { return mask ? v : VecF{}; }
+  void store(int64_t offset, VecF v, Mask mask) const {
+    _mm256_maskstore_ps(out[0] + offset, (__m256i)mask, (__m256)v);
+  }
+#endif
+
   // What the taps of a row meet: tap j of the window of column t meets column t * STRIDE + `column` + j of the map.
-  template <int STRIDE>
-  void met(int64_t row, int64_t column, VecF (&x)[K]) const {
+  // `kWhole`: no lane is out of the map.
+  template <int STRIDE, bool kWhole>
+  CONVBLOCKS_LOOP void met(int64_t row, int64_t column, VecF (&x)[K]) const {
     const auto inside = [&](int64_t first, int width) { return lanes(-first, w - first, width); };
     const int64_t at = row * w + column;
+#if !defined(__AVX512F__)
+    const auto part = [&](int64_t j) CONVBLOCKS_LOOP {
+      return kWhole ? cpu::load(in[0] + at + j) : load(at + j, inside(column + j, kWidth));
+    };
+    CONVBLOCKS_UNROLL
+    for (int j = 0; j < K; j++) {
+      if constexpr (STRIDE == 1) {
+        x[j] = part(j);
+      } else if (j % 2 == 0) {
+        const VecF a = part(j), b = part(j + 8);
+        x[j] = __builtin_shufflevector(a, b, 0, 2, 4, 6, 8, 10, 12, 14);
+        if (j + 1 < K) x[j + 1] = __builtin_shufflevector(a, b, 1, 3, 5, 7, 9, 11, 13, 15);
+      }
+    }
+#else
     if constexpr (STRIDE == 1 && P == 1 && K > 3) {  // two loads, shifted
       const __m512i a = (__m512i)load(at, inside(column, 16)), b = (__m512i)load(at + 16, inside(column + 16, 16));
       const auto shifted = [&]<int... j>(std::integer_sequence<int, j...>) {
@@ -85,17 +130,18 @@ struct Planes {
         if (j + 1 < K) x[j + 1] = (VecF)_mm512_permutex2var_ps(a, odds, b);
       }
     }
+#endif
   }
 
   template <int STRIDE>
-  void convolve() const {
+  CONVBLOCKS_LOOP void convolve() const {
     VecF tap[K * K];
     CONVBLOCKS_UNROLL
     for (int t = 0; t < K * K; t++) tap[t] = both([&](int p) { return weight[p][t]; });
     const VecF start = both([&](int p) { return bias[p]; });
     VecF total{};
-    for (int64_t column = 0; column < out_w; column += kWidth) {
-      const uint32_t written = lanes(0, out_w - column, kWidth);
+    const auto columns = [&]<bool kWhole>(int64_t column, std::bool_constant<kWhole>) CONVBLOCKS_LOOP {
+      const Mask written = lanes(0, out_w - column, kWidth);
       for (int64_t row = 0; row < out_h; row += kRows) {
         VecF acc[kRows];
         CONVBLOCKS_UNROLL
@@ -105,7 +151,7 @@ struct Planes {
           const int64_t in_row = row * STRIDE - top + i;
           if (static_cast<uint64_t>(in_row) >= static_cast<uint64_t>(h)) continue;
           VecF x[K];
-          met<STRIDE>(in_row, column * STRIDE - left, x);
+          met<STRIDE, kWhole>(in_row, column * STRIDE - left, x);
           CONVBLOCKS_UNROLL
           for (int r = 0; r < kRows; r++) {
             const int k = i - r * STRIDE;
@@ -126,6 +172,16 @@ struct Planes {
           total += select(sum, written);
         }
       }
+    };
+    for (int64_t column = 0; column < out_w; column += kWidth) {
+#if !defined(__AVX512F__)
+      const int64_t first = column * STRIDE - left;
+      if (first >= 0 && first + (kWidth - 1) * STRIDE + K + STRIDE <= w) {
+        columns(column, std::true_type{});
+        continue;
+      }
+#endif
+      columns(column, std::false_type{});
     }
     if (!sums[0]) return;
     CONVBLOCKS_UNROLL
@@ -164,7 +220,10 @@ void convolve_planes(const Context& context, const DepthwiseConv2dShape& s, cons
 inline void convolve_planes(const Context& context, const DepthwiseConv2dShape& s, const float* weight,
                             const float* bias, Activation activation, const Map& x, const Map& y, float* sums) {
   const auto run = [&]<int K>(std::integral_constant<int, K>) {
-    auto convolve = s.out_w <= Planes<2, K>::kWidth ? convolve_planes<2, K> : convolve_planes<1, K>;
+    auto convolve = convolve_planes<1, K>;
+#if defined(__AVX512F__)
+    if (s.out_w <= Planes<2, K>::kWidth) convolve = convolve_planes<2, K>;
+#endif
     convolve(context, s, weight, bias, activation, x, y, sums);
   };
   if (s.kernel_h == 3) return run(std::integral_constant<int, 3>{});
