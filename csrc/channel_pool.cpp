@@ -4,8 +4,12 @@
 #include <ATen/ops/cat.h>
 #include <ATen/ops/empty.h>
 #include <ATen/ops/eq.h>
+#include <ATen/ops/hardsigmoid.h>
 #include <ATen/ops/mean.h>
+#include <ATen/ops/sigmoid.h>
 #include <ATen/ops/sum.h>
+
+#include <cmath>
 
 #include "op.h"
 
@@ -67,5 +71,75 @@ struct ChannelPool {
 };
 
 CONVBLOCKS_REGISTER(ChannelPool)
+
+// What CBAM makes of the pooled planes at inference on the CPU: a convolution to one plane, a norm and a gate. Each plane
+// is convolved by itself: torch's convolutions take several times as long for so few channels.
+struct PixelGates {
+  using MaybeTensor = std::optional<Tensor>;
+
+  static constexpr const char* name = "_pixel_gates";
+  static constexpr const char* schema =
+      "(Tensor planes, Tensor weight, Tensor? bias, Tensor? mean, Tensor? var, Tensor? gamma, Tensor? beta, float eps, "
+      "bool hard) -> Tensor?";
+
+  // What the norm does, the bias before it included, as a factor and an offset.
+  template <class A>
+  static std::pair<A, A> norm(const MaybeTensor& bias, const MaybeTensor& mean, const MaybeTensor& var,
+                              const MaybeTensor& gamma, const MaybeTensor& beta, double eps) {
+    const auto number = [](const MaybeTensor& t, A other) {
+      return t.has_value() ? *static_cast<const A*>(t->const_data_ptr()) : other;
+    };
+    if (!mean.has_value()) return {A(1), number(bias, 0)};
+    const A scale = number(gamma, 1) / std::sqrt(number(var, 1) + static_cast<A>(eps));
+    return {scale, number(beta, 0) - (number(mean, 0) - number(bias, 0)) * scale};
+  }
+
+  template <class A>
+  static void sum_planes(const Tensor& y, int64_t planes, int64_t hw, A shift, const Tensor& out) {
+    const A* const from = static_cast<const A*>(y.const_data_ptr());
+    A* const to = static_cast<A*>(out.data_ptr());
+    for (int64_t n = 0; n < y.size(0); n++) {
+      for (int64_t i = 0; i < hw; i++) to[n * hw + i] = from[n * planes * hw + i] + shift;
+      for (int64_t p = 1; p < planes; p++) {
+        for (int64_t i = 0; i < hw; i++) to[n * hw + i] += from[(n * planes + p) * hw + i];
+      }
+    }
+  }
+
+  // Nothing where the tensors are not of one dtype on the CPU, or do not fit together: the modules themselves say why.
+  static MaybeTensor run(const Tensor& planes, const Tensor& weight, const MaybeTensor& bias, const MaybeTensor& mean,
+                         const MaybeTensor& var, const MaybeTensor& gamma, const MaybeTensor& beta, double eps,
+                         bool hard) {
+    const auto alike = [&](const Tensor& t) { return t.is_cpu() && t.scalar_type() == planes.scalar_type(); };
+    const auto fits = [&](const MaybeTensor& t) { return !t.has_value() || (alike(*t) && t->numel() == 1); };
+    const bool floats = planes.scalar_type() == at::kFloat || planes.scalar_type() == at::kDouble;
+    const int64_t count = planes.size(1);
+    const bool filter = weight.dim() == 4 && weight.size(0) == 1 && weight.size(1) == count &&
+                        weight.size(2) == weight.size(3) && weight.size(2) % 2 == 1;
+    if (!floats || is_empty(planes) || !alike(weight) || !filter || !fits(bias) || !fits(mean) || !fits(var) ||
+        !fits(gamma) || !fits(beta)) {
+      return std::nullopt;
+    }
+    static auto op = c10::Dispatcher::singleton()
+                         .findSchemaOrThrow("convblocks::depthwise_conv2d", "")
+                         .typed<Tensor(const Tensor&, const Tensor&, const MaybeTensor&, c10::SymIntArrayRef,
+                                       c10::SymIntArrayRef, c10::SymIntArrayRef, std::string_view)>();
+    Tensor out = at::empty({planes.size(0), 1, planes.size(2), planes.size(3)}, planes.options());
+    const auto convolve = [&]<class A>(A) {
+      const auto [scale, shift] = norm<A>(bias, mean, var, gamma, beta, eps);
+      const c10::SymInt pad = weight.size(2) / 2, ones[]{1, 1}, pads[]{pad, pad, pad, pad};
+      const Tensor y = op.call(planes.contiguous(), (weight * scale).transpose(0, 1), {}, ones, pads, ones, "none");
+      sum_planes<A>(y, count, planes.size(2) * planes.size(3), shift, out);
+    };
+    planes.scalar_type() == at::kDouble ? convolve(double{}) : convolve(float{});
+    hard ? at::hardsigmoid_(out) : at::sigmoid_(out);
+    return out;
+  }
+};
+
+TORCH_LIBRARY_FRAGMENT(convblocks, m) {
+  Operator<ChannelPool>::define_once(m, PixelGates::name, PixelGates::schema, {});
+}
+TORCH_LIBRARY_IMPL(convblocks, CPU, m) { m.impl(PixelGates::name, PixelGates::run); }
 
 }  // namespace convblocks

@@ -7,6 +7,7 @@ import torch
 from torch import Tensor, nn
 
 from convblocks.blocks.arguments import Layer, function_name, ignore, positive
+from convblocks.blocks.fused import runs_alone
 from convblocks.blocks.layers import fusible, is_plain
 from convblocks.ops.apply_gates import operator as apply_gates
 from convblocks.ops.channel_attention import operator as channel_attention
@@ -27,6 +28,24 @@ def _convolve(conv: Any, planes: Tensor, run: Run = depthwise_conv2d) -> Tensor:
         return y
     p = conv._parameters
     return convolve(planes, p["weight"], p["bias"], run)
+
+
+def _gates(conv: Any, norm: Any, planes: Tensor, gate: str, run: Run = depthwise_conv2d) -> Tensor:
+    """``gate(norm(conv(planes)))``, at inference on the CPU as one operation."""
+    if run is depthwise_conv2d and runs_alone(planes) and fusible(planes, nn.Conv2d, conv):
+        p, one = conv._parameters, None
+        statistics: tuple[Any, ...] = (None, None, None, None, 0.0)
+        plain = is_plain(norm, nn.Identity)
+        if is_plain(norm, nn.BatchNorm2d) and not norm.training and norm._parameters.keys() >= {"weight", "bias"}:
+            plain = norm.running_mean is not None
+            scales = norm._parameters
+            statistics = (norm.running_mean, norm.running_var, scales["weight"], scales["bias"], norm.eps)
+        if plain:
+            one = torch.ops.convblocks._pixel_gates(planes, p["weight"], p["bias"], *statistics, gate == "hardsigmoid")
+        if one is not None:
+            gates: Tensor = one
+            return gates
+    return GATES[gate](norm(_convolve(conv, planes, run)))
 
 
 def fused_forward(
@@ -50,7 +69,7 @@ def fused_forward(
             return unfused
         conv, norm = layers
         gates = attention(x, *weights, self.activation_name, self.gate_name)
-        pixels = GATES[self.gate_name](norm(_convolve(conv, pool(x, gates), depthwise)))
+        pixels = _gates(conv, norm, pool(x, gates), self.gate_name, depthwise)
         return apply(x, gates, pixels.to(x.dtype), self.residual)
 
     return forward
@@ -73,7 +92,7 @@ def fused_light_forward(
             return unfused
         conv, norm = layers
         y = excite(x, *weights, self.activation_name, self.gate_name, True)
-        pixels = GATES[self.gate_name](norm(_convolve(conv, _mixed(pool(y, None)), depthwise)))
+        pixels = _gates(conv, norm, _mixed(pool(y, None)), self.gate_name, depthwise)
         y = apply(y, None, pixels.to(x.dtype), False)
         return y + x if self.residual else y
 
@@ -219,8 +238,7 @@ class SpatialAttention(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         planes = channel_pool(x, None)
-        logits = self.bn(_convolve(self.conv, _mixed(planes) if self.light else planes))
-        pixels = GATES[self.gate_name](logits)
+        pixels = _gates(self.conv, self.bn, _mixed(planes) if self.light else planes, self.gate_name)
         return apply_gates(x, None, pixels.to(x.dtype), False)
 
     def unfused(self, x: Tensor) -> Tensor:

@@ -42,6 +42,7 @@ def runs_alone(x: Tensor) -> bool:
         and x.dtype in (torch.float32, torch.float64)
         and x.dim() == 4
         and backends.extension_error is None
+        and backends.selected in ("auto", "cpu")
         and forward_ad._current_level < 0
         and not torch._C._get_tracing_state()
         and not torch._C._len_torch_dispatch_stack()

@@ -12,6 +12,7 @@ from timm.layers.cbam import CbamModule, LightCbamModule
 from torch import Tensor, nn
 
 import convblocks
+from convblocks import backends
 from tests.accelerate.sources import CHANNELS, complaint, made
 
 
@@ -216,3 +217,36 @@ def test_bad_arguments(make: Callable[[], nn.Module], words: str) -> None:
         make()
     with pytest.raises(TypeError, match="CBAM: got an unexpected keyword pooling"):
         convblocks.CBAM(64, pooling="lse")
+
+
+@pytest.mark.skipif(backends.extension_error is not None, reason="the compiled part is not built")
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last])
+@pytest.mark.parametrize(
+    "options",
+    [
+        {},
+        {"spatial_bn": False, "spatial_bias": True},
+        {"spatial_bias": True, "gate_layer": "hardsigmoid", "kernel_size": 3},
+        {"light": True, "residual": True},
+    ],
+    ids=str,
+)
+def test_inference_in_fewer_calls(options: dict[str, Any], layout: torch.memory_format, dtype: torch.dtype) -> None:
+    """The convolution of the planes, its norm and its gate, as the modules compute them; not where one is hooked."""
+    block = convblocks.CBAM(32, **options).to(dtype).eval()
+    norm = block.spatial.bn
+    if isinstance(norm, nn.BatchNorm2d):
+        nn.init.constant_(norm.running_mean, 0.3)
+        nn.init.constant_(norm.running_var, 2.0)
+        nn.init.constant_(norm.weight, 1.5)
+        nn.init.constant_(norm.bias, -0.2)
+    x = torch.randn(3, 32, 40, 19, dtype=dtype).contiguous(memory_format=layout)
+    with torch.no_grad():
+        y = block(x)
+        torch.testing.assert_close(y, block.unfused(x))
+        assert y.is_contiguous(memory_format=layout)
+        norm.register_forward_hook(lambda _, __, z: z + 1)
+        hooked = block(x)
+        assert not torch.allclose(hooked, y)
+        torch.testing.assert_close(hooked, block.unfused(x))

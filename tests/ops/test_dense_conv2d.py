@@ -6,8 +6,10 @@ import pytest
 import torch
 import torch.nn.functional as F
 
+from convblocks.opinfo import LAYOUTS
 from convblocks.ops import dense_conv2d
 from convblocks.ops.dense_conv2d import reference
+from tests.ops.common import both_layouts
 
 
 @pytest.mark.parametrize("channels_last_weight", [False, True])
@@ -59,3 +61,41 @@ def test_slices_are_read_where_they_are(backend: str, device: str) -> None:
         weight = torch.randn(5, part.shape[1], 3, 3, device=device)
         y = dense_conv2d(part, weight, padding=1)
         torch.testing.assert_close(y, reference(part, weight, padding=1), rtol=1e-4, atol=1e-4)
+
+
+@both_layouts
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize(
+    ("size", "out", "kernel", "stride"),
+    [
+        *(((1, 9, 6, 5), out, 1, 1) for out in (1, 7, 8, 9, 16, 17, 24, 25, 33, 40, 49, 72)),
+        *(((2, 5, 9, 11), out, 3, 2) for out in (6, 20, 24, 56)),
+        ((1, 300, 5, 7), 70, 3, 1),  # more weights than are laid out together
+        ((3, 700, 3, 3), 130, 1, 1),
+        ((1, 70, 40, 33), 20, (5, 1), (1, 3)),  # several stretches of pixels
+        ((2, 24, 61, 37), 16, (1, 7), 1),
+    ],
+    ids=str,
+)
+def test_every_width(
+    size: tuple[int, ...],
+    out: int,
+    kernel: int | tuple[int, int],
+    stride: int | tuple[int, int],
+    dtype: torch.dtype,
+    layout: str,
+    backend: str,
+    device: str,
+) -> None:
+    """Of output channels in vectors; with a residual, and a slice of more channels as the input."""
+    generator = torch.Generator().manual_seed(0)
+    random = lambda *s: torch.randn(*s, generator=generator, dtype=dtype).to(device)  # noqa: E731
+    k = (kernel, kernel) if isinstance(kernel, int) else kernel
+    x = LAYOUTS[layout](random(size[0], size[1] + 3, *size[2:]))[:, 1:-2]
+    weight, scale, shift = random(out, size[1], *k) / size[1] ** 0.5, random(out), random(out)
+    padding = (k[0] // 2, k[1] // 2)
+    plain = F.conv2d(x, weight, None, stride, padding) * scale[:, None, None] + shift[:, None, None]
+    residual = LAYOUTS[layout](random(*plain.shape))
+    y = dense_conv2d(x, weight, scale, shift, residual=residual, stride=stride, padding=padding, activation="relu")
+    tolerance = {"rtol": 1e-4, "atol": 1e-4} if dtype == torch.float32 else {}
+    torch.testing.assert_close(y, (plain + residual).relu(), **tolerance)
