@@ -115,6 +115,7 @@ def collect() -> dict[str, Any]:
         "backend": backends.selected,
         "automatic": automatic(),
         "operations": operations(),
+        "by_torch": {op: record.by_torch for op, record in OPS.items() if record.by_torch},
         "environment": environment,
     }
 
@@ -163,6 +164,12 @@ def show(info: dict[str, Any]) -> None:
     table.print()
     for i, reason in enumerate(reasons):
         print(f"[{i + 1}] {reason}")
+    table = Table(
+        "Left to torch (oneDNN, cuDNN), which was measured to be faster or is the only one", ["operation", "what"]
+    )
+    for op, what in info["by_torch"].items():
+        table.add(op, what)
+    table.print()
     forced = f"; every operation runs on {info['backend']}" if info["backend"] != "auto" else ""
     print(f"Environment: {' '.join(f'{k}={v}' for k, v in info['environment'].items()) or 'nothing set'}{forced}")
 

@@ -104,5 +104,5 @@ INFO = OpInfo(
     backward_flops=lambda s: 4 * _macs(s),
     gpu_traffic=(1.4, 1.5),  # of what is around the convolution
     autocasts=True,
-    by_torch=True,
+    by_torch="the convolution: on GPUs, in half precision, of less than 8 channels in NCHW; that of its gradients",
 )

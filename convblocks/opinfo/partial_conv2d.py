@@ -53,5 +53,5 @@ INFO = OpInfo(
     backward_flops=lambda s: 4 * _macs(s),
     gpu_traffic=(1.4, 1.4),  # of what is around the convolution, where its last channel may end within a sector
     autocasts=True,
-    by_torch=True,
+    by_torch="the convolution: on GPUs, in half precision, in place; that of its gradients",
 )

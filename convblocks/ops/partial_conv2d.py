@@ -43,7 +43,8 @@ def partial_conv2d(x: Tensor, weight: Tensor, *, inplace: bool = False) -> Tenso
     """Partial convolution: a convolution of the first channels; the others are passed on as they are.
 
     ``y = torch.cat((F.conv2d(x[:, :p], weight, padding=k // 2), x[:, p:]), 1)``. Chen et al., "Run, Don't Walk: Chasing
-    Higher FLOPS for Faster Neural Networks" (FasterNet), arXiv 2303.03667. The convolution is torch's own.
+    Higher FLOPS for Faster Neural Networks" (FasterNet), arXiv 2303.03667. The convolution is ``dense_conv2d``'s on
+    the CPU and torch's elsewhere; the gradients of it are torch's.
 
     Args:
         x: (N, C, H, W); float32, float64, float16 or bfloat16, any strides.

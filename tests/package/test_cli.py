@@ -47,6 +47,7 @@ def test_info_for_people_names_every_operation_part_and_reason(capsys: pytest.Ca
     assert __main__.main(["info"]) == 0
     text = capsys.readouterr().out
     facts = info.collect()
+    assert {"dense_conv2d", "partial_conv2d"} == facts["by_torch"].keys()
     reasons = [r for by_backend in facts["operations"].values() for d in by_backend.values() for r in d.values() if r]
     for word in (*OPS, *facts["extension"]["parts"], *reasons, torch.__version__):
         assert word in text
