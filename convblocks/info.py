@@ -164,9 +164,7 @@ def show(info: dict[str, Any]) -> None:
     table.print()
     for i, reason in enumerate(reasons):
         print(f"[{i + 1}] {reason}")
-    table = Table(
-        "Left to torch (oneDNN, cuDNN), which was measured to be faster or is the only one", ["operation", "what"]
-    )
+    table = Table("Left to torch (oneDNN, cuDNN), as faster or alone", ["operation", "what"])
     for op, what in info["by_torch"].items():
         table.add(op, what)
     table.print()

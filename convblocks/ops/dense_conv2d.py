@@ -135,10 +135,10 @@ def dense_conv2d(
 ) -> Tensor:
     """A convolution without groups and what follows it at inference: batch norm, a residual, an activation.
 
-    ``y = act(conv2d(x, weight) * scale[o] + shift[o] + residual)``. On the CPU that is one kernel, which multiplies
-    the scale into the weights while it lays them out: nothing is kept from call to call. Elsewhere, and in half precision
-    or of less than 8 channels in NCHW, the convolution is torch's, and what follows it one pass. Ioffe et al., "Batch Normalization: Accelerating Deep Network
-    Training by Reducing Internal Covariate Shift", arXiv 1502.03167.
+    ``y = act(conv2d(x, weight) * scale[o] + shift[o] + residual)``. On the CPU that is one kernel, which multiplies the
+    scale into the weights while it lays them out: nothing is kept from call to call. Elsewhere, and in half precision
+    or of less than 8 channels in NCHW, the convolution is torch's, and what follows it one pass. Ioffe et al., "Batch
+    Normalization: Accelerating Deep Network Training by Reducing Internal Covariate Shift", arXiv 1502.03167.
 
     Args:
         x: (N, C, H, W); float32, float64, float16 or bfloat16, any strides.
