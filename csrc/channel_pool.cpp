@@ -116,8 +116,8 @@ struct PixelGates {
     const int64_t count = planes.size(1);
     const bool filter = weight.dim() == 4 && weight.size(0) == 1 && weight.size(1) == count &&
                         weight.size(2) == weight.size(3) && weight.size(2) % 2 == 1;
-    if (!floats || is_empty(planes) || !alike(weight) || !filter || !fits(bias) || !fits(mean) || !fits(var) ||
-        !fits(gamma) || !fits(beta)) {
+    if (!floats || is_empty(planes) || !alike(weight) || !filter || !fits(bias) ||
+        mean.has_value() != var.has_value() || !fits(mean) || !fits(var) || !fits(gamma) || !fits(beta)) {
       return std::nullopt;
     }
     static auto op = c10::Dispatcher::singleton()

@@ -266,7 +266,7 @@ struct ConvNorm {
     };
     const bool floats = x.scalar_type() == at::kFloat || x.scalar_type() == at::kDouble;
     if (!floats || is_empty(x) || !alike(weight) || weight.size(1) != (depthwise ? 1 : x.size(1)) || !fits(bias) ||
-        !fits(mean) || !fits(var) || !fits(gamma) || !fits(beta)) {
+        mean.has_value() != var.has_value() || !fits(mean) || !fits(var) || !fits(gamma) || !fits(beta)) {
       return std::nullopt;
     }
     MaybeTensor scale, shift = bias;

@@ -139,7 +139,10 @@ Dtype dtype_of(const Tensor& t) {
   }
 }
 
-static int64_t pixel_stride(const Tensor& t) { return t.size(3) > 1 ? t.stride(3) : t.size(2) > 1 ? t.stride(2) : 1; }
+// Of a single pixel, which may have any, that of channels_last.
+static int64_t pixel_stride(const Tensor& t) {
+  return t.size(3) > 1 ? t.stride(3) : t.size(2) > 1 ? t.stride(2) : std::max<int64_t>(1, t.size(1));
+}
 
 static bool is_walkable(const Tensor& t, at::MemoryFormat format) {
   const int64_t h = t.size(2), w = t.size(3), pixel = pixel_stride(t);

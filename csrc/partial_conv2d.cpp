@@ -91,9 +91,13 @@ struct PartialConv2d {
     conv.activation = Activation::none;
     conv.planes = format != at::MemoryFormat::ChannelsLast;
     conv.x = input.map, conv.y = output.map;
-    if (direct) return call_shuffle(call(&conv), rest(y, weight), {rest(x, weight)}, 1, false);
-    kernel(PartialConv2dArgs{&conv, {}});
-    call_shuffle(call(nullptr), y, {to, rest(x, weight)}, 1, false);
+    if (direct) {
+      call_shuffle(call(&conv), rest(y, weight), {rest(x, weight)}, 1, false);
+    } else {
+      kernel(PartialConv2dArgs{&conv, {}});
+      call_shuffle(call(nullptr), y, {output.tensor, rest(x, weight)}, 1, false);
+    }
+    if (direct && !output.tensor.is_same(to)) to.copy_(output.tensor);
   }
   static void run_backward(const Call& kernel, Grads& grads, const Tensor& grad, const Tensor& x,
                            const Tensor& weight) {

@@ -23,6 +23,14 @@ void call_shuffle(const Kernel& kernel, const Tensor& whole, at::TensorList part
   for (const ShufflePart& part : maps) channels_last &= part.map.channel == 1 || part.channels == 1;
   kernel(ShuffleArgs{dtype_of(whole), channels_last, back, whole.size(0), whole.size(1), pixels, groups.expect_int(),
                      map, maps.data(), static_cast<int64_t>(maps.size())});
+  const auto finish = [](const Walk& walk, const Tensor& t) {
+    if (!walk.tensor.is_same(t)) t.copy_(walk.tensor);
+  };
+  if (!back) return finish(walks[0], whole);
+  size_t i = 1;
+  for (const Tensor& t : parts) {
+    if (t.size(1)) finish(walks[i++], t);
+  }
 }
 
 }  // namespace convblocks

@@ -55,6 +55,7 @@ class ASPP(nn.Module):
     ) -> None:
         super().__init__()
         c, out = positive("ASPP", "in_channels", in_channels), positive("ASPP", "out_channels", out_channels)
+        self.width = out
         branches: list[nn.Module] = [ConvNormAct(c, out, 1, names=("0", "1"))]
         for rate in atrous_rates:
             positive("ASPP", "each of atrous_rates", rate)
@@ -71,7 +72,7 @@ class ASPP(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         *convs, pool = self.convs
         conv: Any = self.project[0]
-        room = Room(x, [conv.out_channels] * len(convs))
+        room = Room(x, [self.width] * len(convs))
         branches = [run_into(branch, x, out) for branch, out in zip(convs, room.parts, strict=True)]
         pooled = pool(x)
         eager = torch.is_grad_enabled() or backends.selected == "reference"

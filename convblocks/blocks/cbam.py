@@ -22,8 +22,17 @@ Run = Callable[..., Tensor]
 Parts = Callable[[Any], tuple[nn.Module, nn.Module] | None]
 
 
-def _convolve(conv: Any, planes: Tensor, run: Run = depthwise_conv2d) -> Tensor:
+def _is_usual(conv: Any, planes: Tensor) -> bool:
+    """Whether it is a convolution to one plane of the same size, and no more than its class."""
     if not fusible(planes, nn.Conv2d, conv):
+        return False
+    half = tuple(k // 2 for k in conv.kernel_size)
+    unchanged: bool = conv.stride == conv.dilation == (1, 1) and conv.padding == half and conv.padding_mode == "zeros"
+    return unchanged and int(conv.groups) == 1
+
+
+def _convolve(conv: Any, planes: Tensor, run: Run = depthwise_conv2d) -> Tensor:
+    if not _is_usual(conv, planes):
         y: Tensor = conv(planes)
         return y
     p = conv._parameters
@@ -32,7 +41,7 @@ def _convolve(conv: Any, planes: Tensor, run: Run = depthwise_conv2d) -> Tensor:
 
 def _gates(conv: Any, norm: Any, planes: Tensor, gate: str, run: Run = depthwise_conv2d) -> Tensor:
     """``gate(norm(conv(planes)))``, at inference on the CPU as one operation."""
-    if run is depthwise_conv2d and runs_alone(planes) and fusible(planes, nn.Conv2d, conv):
+    if run is depthwise_conv2d and runs_alone(planes) and _is_usual(conv, planes):
         p, one = conv._parameters, None
         statistics: tuple[Any, ...] = (None, None, None, None, 0.0)
         plain = is_plain(norm, nn.Identity)

@@ -27,7 +27,7 @@ def read_state_dict(file: str | os.PathLike[str]) -> Mapping[str, Any]:
         return tensors
     try:
         content = torch.load(path, map_location="cpu", weights_only=True)
-    except pickle.UnpicklingError as e:
+    except (pickle.UnpicklingError, EOFError, LookupError, ValueError, RuntimeError) as e:
         raise ValueError(f"convert_state_dict: expected a file of tensors only, got {path}: {e}") from e
     if not isinstance(content, Mapping):
         raise TypeError(f"convert_state_dict: expected a state dict in {path}, got {type(content).__name__}")

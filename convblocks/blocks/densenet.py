@@ -1,5 +1,8 @@
 from __future__ import annotations
 
+from collections.abc import Sequence
+from typing import Any
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -7,8 +10,9 @@ from torch import Tensor, nn
 from convblocks.blocks.arguments import positive
 from convblocks.blocks.attention import Attention, attention_layer
 from convblocks.blocks.batch_norm_act import BatchNormAct2d
-from convblocks.blocks.fused import convolve, of_inference
+from convblocks.blocks.fused import convolve, of_inference, put, runs_alone
 from convblocks.blocks.layers import is_plain
+from convblocks.ops.operator import memory_format
 
 
 class DenseLayer(nn.Module):
@@ -114,24 +118,29 @@ class DenseBlock(nn.Module):
         self.growth_rate, self.out_channels = growth_rate, in_channels + layers * growth_rate
 
     def forward(self, x: Tensor) -> Tensor:
-        if of_inference(x):
-            return self._into_one_map(x)
-        for layer in self.children():
+        layers = list(self._modules.values())
+        return self._into_one_map(x, layers) if of_inference(x) else self._concatenated(x, layers)
+
+    @staticmethod
+    def _concatenated(x: Tensor, layers: Sequence[Any]) -> Tensor:
+        for layer in layers:
             x = torch.cat((x, layer(x)), 1)
         return x
 
-    def _into_one_map(self, x: Tensor) -> Tensor:
+    def _into_one_map(self, x: Tensor, layers: Sequence[Any]) -> Tensor:
         n, c, h, w = x.shape
-        if x.is_contiguous(memory_format=torch.channels_last) and not x.is_contiguous():
+        alone = runs_alone(x)
+        if memory_format(x) == torch.channels_last:
             y = x.new_empty(n, h, w, self.out_channels).permute(0, 3, 1, 2)
         else:
             y = x.new_empty(n, self.out_channels, h, w)
         y[:, :c] = x
-        for layer in self.children():
-            out = y[:, c : c + self.growth_rate]
-            new = layer(y[:, :c], out=out) if is_plain(layer, DenseLayer) else layer(y[:, :c])
-            if new.data_ptr() != out.data_ptr():
-                out.copy_(new)
+        for i, layer in enumerate(layers):
+            before, out = y[:, :c], y[:, c : c + self.growth_rate]
+            new = layer(before, out=out) if alone and is_plain(layer, DenseLayer) else layer(before)
+            if new.shape != out.shape or new.dtype != out.dtype:  # a layer of another width
+                return self._concatenated(torch.cat((before, new), 1), layers[i + 1 :])
+            put(new, out) if alone else out.copy_(new)
             c += self.growth_rate
         return y
 

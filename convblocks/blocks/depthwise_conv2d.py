@@ -8,7 +8,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from convblocks.blocks.arguments import Layer, function_name
-from convblocks.ops.depthwise_conv2d import depthwise_conv2d, four, operator
+from convblocks.ops.depthwise_conv2d import depthwise_conv2d, four, operator, pair
 from convblocks.ops.gate import ACTIVATIONS
 
 Pair = int | tuple[int, int]
@@ -21,8 +21,8 @@ def padding_of(conv: Any, x: Tensor, same: bool) -> Sequence[int]:
     if isinstance(conv.padding, str):
         both: list[int] = conv._reversed_padding_repeated_twice
         return both
-    h, w = conv.padding
-    return w, w, h, h
+    sides = pair(conv.padding)  # as torch takes it, of one number, too
+    return sides[-1], sides[-1], sides[0], sides[0]
 
 
 def fused_forward(same: bool, run: Callable[..., Tensor] = operator) -> Callable[[Any, Tensor], Tensor]:

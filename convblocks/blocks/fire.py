@@ -52,6 +52,7 @@ class Fire(nn.Module):
         c, s = positive("Fire", "in_channels", in_channels), positive("Fire", "squeeze", squeeze)
         one = positive("Fire", "expand1x1", 4 * s if expand1x1 is None else expand1x1)
         three = positive("Fire", "expand3x3", 4 * s if expand3x3 is None else expand3x3)
+        self.widths = (one, three)
         self.bypass, self.drop_path = bypass, check_drop_path("Fire", drop_path)
         if bypass and c != one + three:
             raise ValueError(f"Fire: expected in_channels of {one + three} for a bypass, as the result has, got {c}")
@@ -65,7 +66,7 @@ class Fire(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         s = convolve(self.squeeze, x, activation="relu")
         expands = (self.expand1x1, self.expand3x3)
-        room = Room(s, [expand.out_channels for expand in expands])
+        room = Room(s, self.widths)
         maps = [
             convolve(expand, s, activation="relu", out=part) for expand, part in zip(expands, room.parts, strict=True)
         ]

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -41,6 +41,7 @@ def runs_alone(x: Tensor) -> bool:
         and x.device.type == "cpu"
         and x.dtype in (torch.float32, torch.float64)
         and x.dim() == 4
+        and x.layout is torch.strided
         and backends.extension_error is None
         and backends.selected in ("auto", "cpu")
         and forward_ad._current_level < 0
@@ -85,6 +86,10 @@ def convolve(
     return y if activation == "none" else INPLACE.get(activation, ACTIVATIONS[activation])(y)
 
 
+def _is_pair(value: Any) -> bool:
+    return type(value) is tuple and len(value) == 2
+
+
 def _as_one(
     conv: Any, x: Tensor, norm: Any, residual: Tensor | None, activation: str, out: Tensor | None
 ) -> Tensor | None:
@@ -94,6 +99,8 @@ def _as_one(
         return None  # pruned, weight norm: they are computed
     weight, bias = parameters["weight"], parameters["bias"]
     if type(weight) is not nn.Parameter or conv.padding_mode != "zeros":
+        return None
+    if not (_is_pair(conv.stride) and _is_pair(conv.dilation)):
         return None
     mean = var = gamma = beta = None
     eps, after = 0.0, activation
@@ -111,7 +118,7 @@ def _as_one(
         if norm is None or residual is not None or conv.activation_name != "none":
             return None
         padding = padding_of(conv, x, conv.same)
-    elif conv.groups > 1 or isinstance(conv.padding, str):
+    elif conv.groups > 1 or not _is_pair(conv.padding):
         return None
     else:
         padding = conv.padding
@@ -123,6 +130,13 @@ def _as_one(
         return y
     ended: Tensor = norm.end(y) if after is None else INPLACE.get(after, ACTIVATIONS[after])(y)
     return ended
+
+
+def put(y: Tensor, part: Tensor) -> None:
+    """Makes part hold y, of its size, which may lie there or overlap it."""
+    if y.data_ptr() != part.data_ptr() or y.stride() != part.stride():
+        shared = y.untyped_storage().data_ptr() == part.untyped_storage().data_ptr()
+        part.copy_(y.clone() if shared else y)
 
 
 class Room:
@@ -141,11 +155,11 @@ class Room:
 
     def filled(self, maps: Sequence[Tensor]) -> Tensor:
         """All maps, which are computed with ``out=room.parts[i]`` or else anywhere."""
-        if self.whole is None or [y.shape for y in maps] != [part.shape for part in self.parts if part is not None]:
+        parts = [part for part in self.parts if part is not None]
+        if self.whole is None or [(y.shape, y.dtype) for y in maps] != [(p.shape, p.dtype) for p in parts]:
             return torch.cat(list(maps), 1)
-        for part, y in zip(self.parts, maps, strict=True):
-            if part is not None and y.data_ptr() != part.data_ptr():
-                part.copy_(y)
+        for part, y in zip(parts, maps, strict=True):
+            put(y, part)
         return self.whole
 
 
@@ -159,7 +173,7 @@ def run_layers(layers: Iterable[nn.Module], x: Any, residual: Tensor | None = No
     while row:
         layer, *row = row
         if is_plain(layer, Layers):
-            row = [*layer.children(), *row]
+            row = [*cast(Layers, layer), *row]
             continue
         after = row[0] if row and isinstance(layer, nn.Conv2d) else None
         if isinstance(after, nn.BatchNorm2d):
@@ -177,8 +191,10 @@ def run_layers(layers: Iterable[nn.Module], x: Any, residual: Tensor | None = No
 
 def run_into(layer: nn.Module, x: Tensor, out: Tensor | None) -> Tensor:
     """``layer(x)``, in ``out`` if it is a row of layers that can write there."""
-    ours = isinstance(layer, Layers) and type(layer).forward is Layers.forward and is_plain(layer, type(layer))
-    y: Tensor = run_layers(layer.children(), x, out=out) if ours and out is not None else layer(x)
+    if isinstance(layer, Layers) and type(layer).forward is Layers.forward and is_plain(layer, type(layer)):
+        y: Tensor = run_layers(layer, x, out=out)
+    else:
+        y = layer(x)
     return y
 
 

@@ -56,11 +56,14 @@ class Convolution {
   explicit Convolution(const DenseConv2dArgs& args) : a(args) {
     // Of few channels, the taps of a row are one run of memory, in a padded copy: it costs less to begin few runs.
     exchanges_ = a.planes && a.x.channel != 1;
-    gathers_ = exchanges_ || (a.kernel_w > 1 && a.c < 64 && a.dilation_w == 1);
+    gathers_ = exchanges_ || (a.kernel_w > 1 && a.c < 64 && a.dilation_w == 1 && !skips());
     runs_ = gathers_ ? a.kernel_h : a.kernel_h * a.kernel_w;
     length_ = gathers_ ? a.kernel_w * a.c : a.c;
     width_ = (a.out_w - 1) * a.stride_w + a.kernel_w;
   }
+
+  // Whether there is input that no tap meets, which a copy of lines need not have.
+  bool skips() const { return a.stride_h > a.kernel_h * a.dilation_h || a.stride_w > a.kernel_w; }
 
   // The output channels are cut into panels of two vectors; the last has three, or one if that is all.
   int64_t vectors() const { return (a.out_c + L - 1) / L; }
@@ -334,7 +337,8 @@ void forward(const Context& context, DenseConv2dArgs args) {
   const int64_t together = std::clamp<int64_t>(kPackedBytes / int64_t(size * sizeof(A)), 1, panels);
   // Threads share the pixels, and each packs all weights; or, of many, the weights.
   const bool many = panels > together && (panels % context.threads == 0 || panels >= 16 * context.threads);
-  if (args.planes && panels > together) args.x = interleaved<A>(context, args.x, args.n, args.c, args.h * args.w);
+  if (args.planes && (panels > together || whole.skips()))
+    args.x = interleaved<A>(context, args.x, args.n, args.c, args.h * args.w);
   const auto run = [&](int64_t first, int64_t last, int64_t begin, int64_t end) {
     Convolution<A> part(args);
     const Scratch<A> packed(together * size + size / 2);

@@ -250,3 +250,13 @@ def test_inference_in_fewer_calls(options: dict[str, Any], layout: torch.memory_
         hooked = block(x)
         assert not torch.allclose(hooked, y)
         torch.testing.assert_close(hooked, block.unfused(x))
+
+
+@pytest.mark.parametrize("options", [{"padding": 2, "dilation": 2}, {"padding": 1, "padding_mode": "reflect"}], ids=str)
+def test_another_convolution_of_the_planes(options: dict[str, Any]) -> None:
+    block = convblocks.SpatialAttention(3).eval()
+    block.conv = nn.Conv2d(2, 1, 3, bias=False, **options)
+    x = torch.randn(2, 8, 9, 9)
+    torch.testing.assert_close(block(x), block.unfused(x))
+    with torch.no_grad():
+        torch.testing.assert_close(block(x), block.unfused(x))

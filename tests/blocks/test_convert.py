@@ -223,5 +223,8 @@ def test_files_that_hold_more_than_tensors(tmp_path: Path, capfd: pytest.Capture
     torch.save(torch.ones(3), tmp_path / "weights.pth")
     with pytest.raises(TypeError, match=r"expected a state dict in .*weights\.pth, got Tensor"):
         convert_state_dict(tmp_path / "weights.pth")
+    (tmp_path / "weights.pth").write_text("no weights")
+    with pytest.raises(ValueError, match="convert_state_dict: expected a file of tensors only"):
+        convert_state_dict(tmp_path / "weights.pth")
     with pytest.raises(FileNotFoundError):
         convert_state_dict(tmp_path / "none.pth")

@@ -155,3 +155,71 @@ def test_networks_give_maps_in_the_layout_of_the_image(name: str) -> None:
         for memory_format in (torch.contiguous_format, torch.channels_last):
             maps = model(x.contiguous(memory_format=memory_format))
             assert all(y.is_contiguous(memory_format=memory_format) for y in maps)
+
+
+class _Transposed(nn.Module):
+    """An attention that gives a view of what it is given."""
+
+    def __init__(self, channels: int) -> None:
+        super().__init__()
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x.transpose(2, 3)
+
+
+def _wider_layer() -> nn.Module:
+    block = convblocks.DenseBlock(8, 3, 4)
+    block.denselayer2 = convblocks.DenseLayer(12, 5)
+    block.denselayer3 = convblocks.DenseLayer(17, 4)
+    return block
+
+
+def _fire() -> nn.Module:
+    block = convblocks.Fire(8, 4)
+    block.expand3x3 = nn.Sequential(nn.Conv2d(4, 16, 3, padding=1))
+    return block
+
+
+def _aspp() -> nn.Module:
+    block = convblocks.ASPP(8, (2, 3), 8)
+    block.project[0] = nn.Sequential(nn.Conv2d(32, 8, 1, bias=False))
+    return block
+
+
+def _twice_the_same() -> nn.Module:
+    act = nn.Hardswish()
+    return fused.Layers(fused.Layers(nn.Conv2d(8, 8, 1), act, nn.Conv2d(8, 8, 1), act))
+
+
+def _numbers_for_pairs() -> nn.Module:
+    conv, depthwise = nn.Conv2d(8, 8, 3), convblocks.DepthwiseConv2d(8, 8, 3)
+    conv.padding, depthwise.padding = 1, 1
+    return fused.Layers(conv, nn.BatchNorm2d(8), depthwise, nn.BatchNorm2d(8))
+
+
+@pytest.mark.parametrize(
+    "make",
+    [
+        lambda: convblocks.DenseBlock(8, 2, 4, attention=_Transposed),
+        _wider_layer,
+        _fire,
+        _aspp,
+        _twice_the_same,
+        _numbers_for_pairs,
+    ],
+    ids=["view", "wider layer", "Fire", "ASPP", "twice the same", "numbers for pairs"],
+)
+def test_what_users_do_to_blocks(make: Callable[[], nn.Module]) -> None:
+    """Inference gives what gradients are wanted of."""
+    torch.manual_seed(0)
+    block, x = make().eval(), torch.randn(2, 8, 6, 6)
+    expected = block(x)
+    with torch.no_grad():
+        torch.testing.assert_close(block(x), expected)
+
+
+def test_a_norm_without_variance_is_refused_by_torch() -> None:
+    norm = nn.BatchNorm2d(8).eval()
+    norm.running_var = None
+    with torch.no_grad(), pytest.raises(RuntimeError, match="running_var must be defined"):
+        fused.Layers(nn.Conv2d(4, 8, 1), norm).eval()(torch.randn(1, 4, 5, 5))

@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import pytest
 import torch
+import torch.nn.functional as F
 
 from convblocks.ops import partial_conv2d
 from convblocks.ops.partial_conv2d import reference
@@ -35,3 +36,12 @@ def test_channels_that_are_passed_on_are_exact(backend: str, device: str) -> Non
     x = torch.randn(2, 8, 5, 5, device=device, dtype=torch.bfloat16)
     y = partial_conv2d(x, torch.randn(2, 2, 3, 3, device=device))
     assert torch.equal(y[:, 2:], x[:, 2:])
+
+
+@pytest.mark.parametrize("p", [1, 2, 8, 15, 16])
+def test_single_pixels_in_channels_last(p: int, backend: str, device: str) -> None:
+    """A pixel may have any stride, as that of a convolution's output has."""
+    x = torch.randn(2, 16, 1, 1).to(device).contiguous(memory_format=torch.channels_last)
+    x = x.as_strided(x.shape, (16, 1, 16, 16))
+    w = torch.randn(p, p, 3, 3).to(device)
+    torch.testing.assert_close(partial_conv2d(x, w), torch.cat((F.conv2d(x[:, :p], w, padding=1), x[:, p:]), 1))
