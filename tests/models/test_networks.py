@@ -114,7 +114,9 @@ def test_another_networks_weights_are_refused() -> None:
         convblocks.convert_state_dict(sd, model=create("resnet50"))
 
 
-@pytest.mark.parametrize("name", FIRST)
+@pytest.mark.parametrize(
+    "name", [pytest.param(name, marks=pytest.mark.slow if i % 3 else ()) for i, name in enumerate(FIRST)]
+)
 def test_copies_and_compiles(name: str) -> None:
     """One graph, exported; the results are those of the module."""
     model = create(name, num_classes=5).eval()
