@@ -9,8 +9,7 @@
 #include <ATen/ops/sigmoid.h>
 #include <ATen/ops/sum.h>
 
-#include <cmath>
-
+#include "norm_factors.h"
 #include "op.h"
 
 namespace convblocks {
@@ -82,18 +81,6 @@ struct PixelGates {
       "(Tensor planes, Tensor weight, Tensor? bias, Tensor? mean, Tensor? var, Tensor? gamma, Tensor? beta, float eps, "
       "bool hard) -> Tensor?";
 
-  // What the norm does, the bias before it included, as a factor and an offset.
-  template <class A>
-  static std::pair<A, A> norm(const MaybeTensor& bias, const MaybeTensor& mean, const MaybeTensor& var,
-                              const MaybeTensor& gamma, const MaybeTensor& beta, double eps) {
-    const auto number = [](const MaybeTensor& t, A other) {
-      return t.has_value() ? *static_cast<const A*>(t->const_data_ptr()) : other;
-    };
-    if (!mean.has_value()) return {A(1), number(bias, 0)};
-    const A scale = number(gamma, 1) / std::sqrt(number(var, 1) + static_cast<A>(eps));
-    return {scale, number(beta, 0) - (number(mean, 0) - number(bias, 0)) * scale};
-  }
-
   template <class A>
   static void sum_planes(const Tensor& y, int64_t planes, int64_t hw, A shift, const Tensor& out) {
     const A* const from = static_cast<const A*>(y.const_data_ptr());
@@ -114,9 +101,9 @@ struct PixelGates {
     const auto fits = [&](const MaybeTensor& t) { return !t.has_value() || (alike(*t) && t->numel() == 1); };
     const bool floats = planes.scalar_type() == at::kFloat || planes.scalar_type() == at::kDouble;
     const int64_t count = planes.size(1);
-    const bool filter = weight.dim() == 4 && weight.size(0) == 1 && weight.size(1) == count &&
+    const bool square = weight.dim() == 4 && weight.size(0) == 1 && weight.size(1) == count &&
                         weight.size(2) == weight.size(3) && weight.size(2) % 2 == 1;
-    if (!floats || is_empty(planes) || !alike(weight) || !filter || !fits(bias) ||
+    if (!floats || is_empty(planes) || !alike(weight) || !square || !fits(bias) ||
         mean.has_value() != var.has_value() || !fits(mean) || !fits(var) || !fits(gamma) || !fits(beta)) {
       return std::nullopt;
     }
@@ -125,13 +112,15 @@ struct PixelGates {
                          .typed<Tensor(const Tensor&, const Tensor&, const MaybeTensor&, c10::SymIntArrayRef,
                                        c10::SymIntArrayRef, c10::SymIntArrayRef, std::string_view)>();
     Tensor out = at::empty({planes.size(0), 1, planes.size(2), planes.size(3)}, planes.options());
-    const auto convolve = [&]<class A>(A) {
-      const auto [scale, shift] = norm<A>(bias, mean, var, gamma, beta, eps);
-      const c10::SymInt pad = weight.size(2) / 2, ones[]{1, 1}, pads[]{pad, pad, pad, pad};
-      const Tensor y = op.call(planes.contiguous(), (weight * scale).transpose(0, 1), {}, ones, pads, ones, "none");
+    const NormFactors norm(bias, mean, var, gamma, beta, eps);
+    const c10::SymInt pad = weight.size(2) / 2, ones[]{1, 1}, pads[]{pad, pad, pad, pad};
+    const Tensor filter = norm.scale.has_value() ? weight * *norm.scale : weight;
+    const Tensor y = op.call(planes.contiguous(), filter.transpose(0, 1), {}, ones, pads, ones, "none");
+    const auto sum = [&]<class A>(A) {
+      const A shift = norm.shift.has_value() ? *static_cast<const A*>(norm.shift->const_data_ptr()) : A(0);
       sum_planes<A>(y, count, planes.size(2) * planes.size(3), shift, out);
     };
-    planes.scalar_type() == at::kDouble ? convolve(double{}) : convolve(float{});
+    planes.scalar_type() == at::kDouble ? sum(double{}) : sum(float{});
     hard ? at::hardsigmoid_(out) : at::sigmoid_(out);
     return out;
   }

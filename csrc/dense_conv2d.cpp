@@ -3,14 +3,12 @@
 #include <ATen/ops/convolution.h>
 #include <ATen/ops/convolution_backward.h>
 #include <ATen/ops/empty.h>
-#include <ATen/ops/empty_like.h>
 #include <ATen/ops/ones.h>
 #include <ATen/ops/zeros.h>
 
-#include <cmath>
-
 #include "convolves.h"
 #include "gate_formula.h"
+#include "norm_factors.h"
 #include "op.h"
 
 namespace convblocks {
@@ -240,21 +238,9 @@ struct ConvNorm {
       "(Tensor x, Tensor weight, Tensor? bias, Tensor? mean, Tensor? var, Tensor? gamma, Tensor? beta, float eps, "
       "Tensor? residual, Tensor(a!)? out, int[2] stride, int[] padding, int[2] dilation, str activation) -> Tensor?";
 
-  // What the norm does to each channel, the bias before it included, as a factor and an offset.
-  template <class A>
-  static void factors(const MaybeTensor& bias, const Tensor& mean, const Tensor& var, const MaybeTensor& gamma,
-                      const MaybeTensor& beta, double eps, const Tensor& scale, const Tensor& shift) {
-    const auto data = [](const MaybeTensor& t) { return static_cast<const A*>(data_of(t)); };
-    const A *m = data(mean), *v = data(var), *g = data(gamma), *offset = data(beta), *before = data(bias);
-    A *const to = static_cast<A*>(scale.data_ptr()), *const to_shift = static_cast<A*>(shift.data_ptr());
-    for (int64_t i = 0; i < mean.numel(); i++) {
-      to[i] = (g ? g[i] : A(1)) / std::sqrt(v[i] + static_cast<A>(eps));
-      to_shift[i] = (offset ? offset[i] : A(0)) - (before ? m[i] - before[i] : m[i]) * to[i];
-    }
-  }
-
-  // Into `out` if it is dense and `out` is of its size. With four numbers of padding (left, right, top, bottom) it is depthwise. Nothing where
-  // the tensors are not of one dtype on the CPU, or do not fit together: the modules themselves say why.
+  // Into `out` if it is dense and `out` is of its size. With four numbers of padding (left, right, top, bottom) it is
+  // depthwise. Nothing where the tensors are not of one dtype on the CPU, or do not fit together: the modules themselves
+  // say why.
   static MaybeTensor run(const Tensor& x, const Tensor& weight, const MaybeTensor& bias, const MaybeTensor& mean,
                          const MaybeTensor& var, const MaybeTensor& gamma, const MaybeTensor& beta, double eps,
                          const MaybeTensor& residual, const MaybeTensor& out, at::IntArrayRef stride,
@@ -269,12 +255,8 @@ struct ConvNorm {
         mean.has_value() != var.has_value() || !fits(mean) || !fits(var) || !fits(gamma) || !fits(beta)) {
       return std::nullopt;
     }
-    MaybeTensor scale, shift = bias;
-    if (mean.has_value()) {
-      scale = at::empty_like(*mean), shift = at::empty_like(*mean);
-      const auto run = x.scalar_type() == at::kDouble ? factors<double> : factors<float>;
-      run(bias, *mean, *var, gamma, beta, eps, *scale, *shift);
-    }
+    const NormFactors norm(bias, mean, var, gamma, beta, eps);
+    const MaybeTensor &scale = norm.scale, &shift = norm.shift;
     const auto numbers = [](at::IntArrayRef values) { return c10::fromIntArrayRefSlow(values); };
     if (depthwise) {
       static auto op = c10::Dispatcher::singleton()

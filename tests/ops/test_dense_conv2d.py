@@ -89,7 +89,10 @@ def test_every_width(
 ) -> None:
     """Of output channels in vectors; with a residual, and a slice of more channels as the input."""
     generator = torch.Generator().manual_seed(0)
-    random = lambda *s: torch.randn(*s, generator=generator, dtype=dtype).to(device)  # noqa: E731
+
+    def random(*sizes: int) -> torch.Tensor:
+        return torch.randn(*sizes, generator=generator, dtype=dtype).to(device)
+
     k = (kernel, kernel) if isinstance(kernel, int) else kernel
     x = LAYOUTS[layout](random(size[0], size[1] + 3, *size[2:]))[:, 1:-2]
     weight, scale, shift = random(out, size[1], *k) / size[1] ** 0.5, random(out), random(out)
