@@ -37,7 +37,7 @@ def test_any_call(info: OpInfo, name: str) -> None:
         pytest.skip(f"{name} cannot run: {reason}")
     device = device_of(name)
 
-    @settings(max_examples=10 if SLOW else 100, phases=[Phase.generate] if SLOW else list(Phase))
+    @settings(max_examples=10 if SLOW else 150, phases=[Phase.generate] if SLOW else list(Phase))
     @given(
         size=st.tuples(st.integers(0, 3), CHANNELS, SIDES, SIDES),
         options=st.sampled_from(info.options),
