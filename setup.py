@@ -267,7 +267,8 @@ class Build(build_ext):
             flags += [f"-fsanitize={sanitize}", "-fno-omit-frame-pointer"]
             link += [f"-fsanitize={sanitize}"]
         if part == "_C":
-            ninja.part(part, CSRC.glob("*.cpp"), compiler, [*flags, *torch.compile_flags()], link)
+            flags += ["-DAT_PER_OPERATOR_HEADERS", *torch.compile_flags()]  # else each file reads all of ATen
+            ninja.part(part, CSRC.glob("*.cpp"), compiler, flags, link)
             return
         isa = part.removeprefix("_cpu_")
         flags += [f"-DCPU_CAPABILITY={isa.upper()}", f"-DCPU_CAPABILITY_{isa.upper()}", *ISAS[isa]]

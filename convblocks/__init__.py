@@ -65,12 +65,14 @@ from convblocks.blocks import (  # noqa: E402
     SpatialAttention,
     SpatialSE,
     SqueezeExcite,
+    SyncBatchNormAct2d,
     Transition,
     UNetDown,
     UNetUp,
     VGGBlock,
     XceptionBlock,
     convert_state_dict,
+    convert_sync_batchnorm,
 )
 
 __version__ = "0.1.0"
@@ -128,6 +130,7 @@ __all__ = [
     "SpatialAttention",
     "SpatialSE",
     "SqueezeExcite",
+    "SyncBatchNormAct2d",
     "Transition",
     "UNetDown",
     "UNetUp",
@@ -136,6 +139,7 @@ __all__ = [
     "accelerate",
     "backends",
     "convert_state_dict",
+    "convert_sync_batchnorm",
     "is_accelerated",
     "models",
     "ops",

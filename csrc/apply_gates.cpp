@@ -1,6 +1,5 @@
 #include "apply_gates.h"
 
-#include <ATen/ops/empty.h>
 #include <ATen/ops/sum.h>
 
 #include "op.h"

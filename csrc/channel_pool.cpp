@@ -2,7 +2,6 @@
 
 #include <ATen/ops/amax.h>
 #include <ATen/ops/cat.h>
-#include <ATen/ops/empty.h>
 #include <ATen/ops/eq.h>
 #include <ATen/ops/hardsigmoid.h>
 #include <ATen/ops/mean.h>

@@ -4,7 +4,6 @@
 #include <ATen/ops/constant_pad_nd.h>
 #include <ATen/ops/convolution.h>
 #include <ATen/ops/convolution_backward.h>
-#include <ATen/ops/empty.h>
 #include <ATen/ops/sum.h>
 
 #include "gate_formula.h"
@@ -232,8 +231,8 @@ struct WithSums<Tensor (*)(Args...)> {
   }
   template <at::DeviceType kDevice>
   static Outputs autocast(Args... args) {
-    c10::impl::ExcludeDispatchKeyGuard guard(at::autocast::get_autocast_dispatch_key_from_device_type(kDevice));
-    return call(at::autocast::cached_cast(at::autocast::get_autocast_dtype(kDevice), args, kDevice)...);
+    c10::impl::ExcludeDispatchKeyGuard guard(autocast_key(kDevice));
+    return call(in_autocast_dtype(args, kDevice)...);
   }
 };
 using Sums = WithSums<>;

@@ -1,7 +1,6 @@
 #include "global_context.h"
 
 #include <ATen/ops/bmm.h>
-#include <ATen/ops/empty.h>
 #include <ATen/ops/exp.h>
 #include <ATen/ops/linear.h>
 #include <ATen/ops/logsumexp.h>

@@ -5,8 +5,7 @@
 
 #include <ATen/FuncTorchTLS.h>
 #include <ATen/Parallel.h>
-#include <ATen/ops/empty.h>
-#include <c10/core/impl/LocalDispatchKeySet.h>
+#include <ATen/autocast_mode.h>
 #include <c10/core/impl/VirtualGuardImpl.h>
 #include <dlfcn.h>
 #include <torch/csrc/stable/c/shim.h>
@@ -61,6 +60,13 @@ void check_like(const char* op, const char* name, const Tensor& t, const Tensor&
                    ", got ", name_of(t.scalar_type()));
   TORCH_CHECK(t.device() == x.device(), op, ": expected ", name, " on ", x.device(), " like the input, got ",
               t.device());
+}
+
+Tensor in_autocast_dtype(const Tensor& t, at::DeviceType device) {
+  return at::autocast::cached_cast(at::autocast::get_autocast_dtype(device), t, device);
+}
+std::optional<Tensor> in_autocast_dtype(const std::optional<Tensor>& t, at::DeviceType device) {
+  return t ? std::optional(in_autocast_dtype(*t, device)) : t;
 }
 
 int64_t check_one_of(const char* op, const char* argument, std::string_view value,

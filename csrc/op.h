@@ -23,10 +23,11 @@
 //     static Grads empty_grads(const Tensor& grad, ...);                  // of maps among the other arguments, or in a list
 #pragma once
 #include <ATen/TensorOperators.h>
-#include <ATen/autocast_mode.h>
 #include <ATen/core/Tensor.h>
 #include <ATen/core/dispatch/Dispatcher.h>
+#include <ATen/ops/empty.h>
 #include <c10/core/DeviceGuard.h>
+#include <c10/core/impl/LocalDispatchKeySet.h>
 #include <torch/csrc/autograd/custom_function.h>
 #include <torch/library.h>
 
@@ -59,6 +60,17 @@ void check_like(const char* op, const char* name, const Tensor& t, const Tensor&
 // The place of value in names, or an error that lists them.
 int64_t check_one_of(const char* op, const char* argument, std::string_view value,
                      at::ArrayRef<std::string_view> names);
+
+constexpr at::DispatchKey autocast_key(at::DeviceType device) {
+  return device == at::kCPU ? at::DispatchKey::AutocastCPU : at::DispatchKey::AutocastCUDA;
+}
+// A tensor as autocast wants it on the device; anything else as it is.
+Tensor in_autocast_dtype(const Tensor& t, at::DeviceType device);
+std::optional<Tensor> in_autocast_dtype(const std::optional<Tensor>& t, at::DeviceType device);
+template <class Arg>
+const Arg& in_autocast_dtype(const Arg& argument, at::DeviceType) {
+  return argument;
+}
 
 // --- kernels ----------------------------------------------------------------------------------------------------------
 
@@ -331,9 +343,8 @@ struct Operator<Op, Tensor (*)(Args...), Gradient (*)(BackwardArgs...)> {
   }
   template <at::DeviceType kDevice>
   static Tensor autocast(Args... args) {
-    c10::impl::ExcludeDispatchKeyGuard guard(at::autocast::get_autocast_dispatch_key_from_device_type(kDevice));
-    const auto dtype = at::autocast::get_autocast_dtype(kDevice);
-    return call(at::autocast::cached_cast(dtype, args, kDevice)...);
+    c10::impl::ExcludeDispatchKeyGuard guard(autocast_key(kDevice));
+    return call(in_autocast_dtype(args, kDevice)...);
   }
   static Tensor batched(Args... args) { return (Op::check(args...), Op::formula(args...)); }
 

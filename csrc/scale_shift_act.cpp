@@ -1,7 +1,6 @@
 #include "scale_shift_act.h"
 
 #include <ATen/ops/clone.h>
-#include <ATen/ops/empty.h>
 #include <ATen/ops/sum.h>
 #include <torch/csrc/autograd/variable.h>
 

@@ -1,7 +1,6 @@
 #include "squeeze_excite.h"
 
 #include <ATen/ops/amax.h>
-#include <ATen/ops/empty.h>
 #include <ATen/ops/eq.h>
 #include <ATen/ops/linear.h>
 #include <ATen/ops/matmul.h>

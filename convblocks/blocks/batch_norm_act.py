@@ -56,7 +56,8 @@ class BatchNormAct2d(nn.BatchNorm2d):
         negative_slope: of the activation leaky_relu.
         inplace: lets inference write over x, which nothing else may need then.
 
-    It is an ``nn.BatchNorm2d``; ``nn.SyncBatchNorm.convert_sync_batchnorm`` would take residual and activation away.
+    It is an ``nn.BatchNorm2d``; ``nn.SyncBatchNorm.convert_sync_batchnorm`` would take residual and activation away,
+    ``convblocks.convert_sync_batchnorm`` does not.
 
     Shape: (N, C, H, W) to the same; the residual, too.
 

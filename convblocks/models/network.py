@@ -47,7 +47,7 @@ class Network(nn.Module, ABC):
 
     def train(self, mode: bool = True) -> Network:
         if any(type(layer) is nn.SyncBatchNorm for layer in self.modules()):
-            words = "whose activations and residuals nn.SyncBatchNorm.convert_sync_batchnorm took away"
+            words = "whose activations and residuals are lost (use convblocks.convert_sync_batchnorm)"
             raise RuntimeError(f"{self.name}: expected norms with what follows them, got nn.SyncBatchNorm, {words}")
         return super().train(mode)
 

@@ -78,7 +78,7 @@ CONVBLOCKS_LOOP inline void backward_rows(int64_t n, const T* const (&grad)[G], 
   });
 }
 
-template <class T, class W>
+template <class T>
 void backward(const Context& context, const ApplyGatesBackwardArgs& a) {
   using A = Acc<T>;
   const int64_t c = a.c, hw = a.hw;
@@ -87,6 +87,8 @@ void backward(const Context& context, const ApplyGatesBackwardArgs& a) {
   const Tiles tiles(c, hw, planes);
   const int64_t size = tiles.blocks * c + tiles.chunks * hw;
   A* workspace = static_cast<A*>(context.workspace(context, a.n * size * sizeof(A)));
+  const Narrowed<A> grad_channel(context, a.grad_channel, a.gates.dtype, a.n * c),
+      grad_spatial(context, a.grad_spatial, a.gates.dtype, a.n * hw);
   for_each_sample(context, a.n, 2 * c * hw, [&](int64_t sample, const Team& team) {
     A *by_channel = workspace + sample * size, *by_pixel = by_channel + tiles.blocks * c;
     const A* channel = gates.channel ? gates.channel + sample * c : nullptr;
@@ -113,8 +115,8 @@ void backward(const Context& context, const ApplyGatesBackwardArgs& a) {
       };
       by_four(planes ? t.channels : t.pixels, rows);
     });
-    if (a.grad_channel) add_parts(by_channel, tiles.blocks, c, static_cast<W*>(a.grad_channel) + sample * c);
-    if (a.grad_spatial) add_parts(by_pixel, tiles.chunks, hw, static_cast<W*>(a.grad_spatial) + sample * hw);
+    if (a.grad_channel) add_parts(by_channel, tiles.blocks, c, grad_channel + sample * c);
+    if (a.grad_spatial) add_parts(by_pixel, tiles.chunks, hw, grad_spatial + sample * hw);
   });
 }
 
@@ -127,11 +129,5 @@ const char* convblocks_apply_gates(const convblocks::Context& context, const con
 
 const char* convblocks_apply_gates_backward(const convblocks::Context& context,
                                             const convblocks::ApplyGatesBackwardArgs& args) {
-  return convblocks::cpu::dispatch(args.dtype, [&]<class T>(T) {
-    using A = convblocks::cpu::Acc<T>;
-    if (args.gates.dtype == args.dtype)
-      convblocks::cpu::backward<T, T>(context, args);
-    else
-      convblocks::cpu::backward<T, A>(context, args);
-  });
+  return convblocks::cpu::dispatch(args.dtype, [&]<class T>(T) { convblocks::cpu::backward<T>(context, args); });
 }

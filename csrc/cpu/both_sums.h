@@ -84,34 +84,34 @@ CONVBLOCKS_LOOP inline void both_sums(const Team& team, int64_t c, int64_t hw, A
     if constexpr (kPlanes) {
       const int64_t first_channel = channel_block * blocks.kChannels;
       A* const pixel_sums = by_pixel + channel_block * KP * hw;
-      by_groups(std::min(c - first_channel, blocks.kChannels),
-                [=]<int G>(int64_t offset, std::integral_constant<int, G>) {
-                  const int64_t i = first_channel + offset;
-                  std::array<Vecs<A, KC>, G> acc{};
-                  const auto run = [&](auto is_first) CONVBLOCKS_LOOP {
-                    for_lanes<T>(end - first, [&](int64_t at, auto lanes) CONVBLOCKS_LOOP {
-                      const int64_t p = first + at;
-                      Vecs<A, KP> sums{};
-                      if constexpr (!is_first) {
-                        for (int k = 0; k < KP; k++) sums[k] = load(pixel_sums + k * hw + p, lanes);
-                      }
+      by_four(std::min(c - first_channel, blocks.kChannels),
+              [=]<int G>(int64_t offset, std::integral_constant<int, G>) {
+                const int64_t i = first_channel + offset;
+                std::array<Vecs<A, KC>, G> acc{};
+                const auto run = [&](auto is_first) CONVBLOCKS_LOOP {
+                  for_lanes<T>(end - first, [&](int64_t at, auto lanes) CONVBLOCKS_LOOP {
+                    const int64_t p = first + at;
+                    Vecs<A, KP> sums{};
+                    if constexpr (!is_first) {
+                      for (int k = 0; k < KP; k++) sums[k] = load(pixel_sums + k * hw + p, lanes);
+                    }
 #pragma GCC unroll 4
-                      for (int g = 0; g < G; g++) {
-                        const Terms<A, KC, KP> v = f(i + g, p, lanes);
-                        for (int k = 0; k < KC; k++) acc[g][k] += v.channel[k];
-                        for (int k = 0; k < KP; k++) sums[k] += v.pixel[k];
-                      }
-                      for (int k = 0; k < KP; k++) store(pixel_sums + k * hw + p, sums[k], lanes);
-                    });
-                  };
-                  offset == 0 ? run(std::true_type{}) : run(std::false_type{});
-                  for (int g = 0; g < G; g++) {
-                    for (int k = 0; k < KC; k++) channel_sums[k * c + i + g] = sum_lanes(acc[g][k]);
-                  }
-                });
+                    for (int g = 0; g < G; g++) {
+                      const Terms<A, KC, KP> v = f(i + g, p, lanes);
+                      for (int k = 0; k < KC; k++) acc[g][k] += v.channel[k];
+                      for (int k = 0; k < KP; k++) sums[k] += v.pixel[k];
+                    }
+                    for (int k = 0; k < KP; k++) store(pixel_sums + k * hw + p, sums[k], lanes);
+                  });
+                };
+                offset == 0 ? run(std::true_type{}) : run(std::false_type{});
+                for (int g = 0; g < G; g++) {
+                  for (int k = 0; k < KC; k++) channel_sums[k * c + i + g] = sum_lanes(acc[g][k]);
+                }
+              });
     } else {
       std::fill_n(channel_sums, KC * c, A(0));
-      by_groups(end - first, [=]<int G>(int64_t offset, std::integral_constant<int, G>) {
+      by_four(end - first, [=]<int G>(int64_t offset, std::integral_constant<int, G>) {
         const int64_t p = first + offset;
         for (int64_t start = 0; start < c; start += blocks.kChannelsInRow) {
           std::array<Vecs<A, KP>, G> acc{};

@@ -217,7 +217,7 @@ void write_gradient(const Team& team, const ChannelAttentionBackwardArgs& a, int
   });
 }
 
-template <class T, class W>
+template <class T>
 void backward(const Context& context, const ChannelAttentionBackwardArgs& a) {
   using A = Acc<T>;
   const Layers<A> layers(context, a.weights, a.c);
@@ -254,12 +254,14 @@ void backward(const Context& context, const ChannelAttentionBackwardArgs& a) {
           write_gradient<T>(team, a, first + s, by_mean, by_mean + c, own.pooled + (2 * s + 1) * c, space(s), far);
         }
       });
-  sum_of_products(context, n, c, r, all.logits, all.active, static_cast<W*>(a.grad_w2), static_cast<W*>(nullptr));
-  sum_of_products(context, 2 * n, r, c, all.hidden, all.pooled, static_cast<W*>(a.grad_w1), static_cast<W*>(a.grad_b1));
+  const auto to = [&](void* data, int64_t count) { return Narrowed<A>(context, data, a.weights.dtype, count); };
+  sum_of_products(context, n, c, r, all.logits, all.active, to(a.grad_w2, c * r), nullptr);
+  sum_of_products(context, 2 * n, r, c, all.hidden, all.pooled, to(a.grad_w1, r * c), to(a.grad_b1, r));
+  const auto grad_b2 = to(a.grad_b2, c);
   for (int64_t i = 0; a.grad_b2 && i < c; i++) {
     A sum = 0;
     for (int64_t s = 0; s < n; s++) sum += all.logits[s * c + i];
-    static_cast<W*>(a.grad_b2)[i] = static_cast<W>(2 * sum);  // once for each way to pool
+    grad_b2[i] = 2 * sum;  // once for each way to pool
   }
 }
 
@@ -273,11 +275,5 @@ const char* convblocks_channel_attention(const convblocks::Context& context,
 
 const char* convblocks_channel_attention_backward(const convblocks::Context& context,
                                                   const convblocks::ChannelAttentionBackwardArgs& args) {
-  return convblocks::cpu::dispatch(args.dtype, [&]<class T>(T) {
-    using A = convblocks::cpu::Acc<T>;
-    if (args.weights.dtype == args.dtype)
-      convblocks::cpu::backward<T, T>(context, args);
-    else
-      convblocks::cpu::backward<T, A>(context, args);
-  });
+  return convblocks::cpu::dispatch(args.dtype, [&]<class T>(T) { convblocks::cpu::backward<T>(context, args); });
 }

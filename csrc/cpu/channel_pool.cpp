@@ -201,7 +201,7 @@ struct PixelGradients {
   }
 };
 
-template <class T, class W>
+template <class T>
 void backward(const Context& context, const ChannelPoolBackwardArgs& a) {
   using A = Acc<T>;
   const int64_t c = a.c, hw = a.hw;
@@ -210,6 +210,7 @@ void backward(const Context& context, const ChannelPoolBackwardArgs& a) {
   const Tiles tiles(c, hw, planes);
   const int64_t size = (2 * tiles.chunks + 3) * hw + tiles.blocks * c;
   A* workspace = static_cast<A*>(context.workspace(context, a.n * size * sizeof(A)));
+  const Narrowed<A> grad_channel(context, a.grad_channel, a.gate_dtype, a.n * c);
   for_each_sample(context, a.n, 2 * c * hw, [&](int64_t sample, const Team& team) {
     A *max = workspace + sample * size, *ties = max + tiles.chunks * hw, *next = ties + tiles.chunks * hw;
     const PixelGradients<A> pixels{next, next + hw, next + 2 * hw};
@@ -284,7 +285,7 @@ void backward(const Context& context, const ChannelPoolBackwardArgs& a) {
         });
       });
     });
-    if (a.grad_channel) add_parts(by_channel, tiles.blocks, c, static_cast<W*>(a.grad_channel) + sample * c);
+    if (a.grad_channel) add_parts(by_channel, tiles.blocks, c, grad_channel + sample * c);
   });
 }
 
@@ -297,11 +298,5 @@ const char* convblocks_channel_pool(const convblocks::Context& context, const co
 
 const char* convblocks_channel_pool_backward(const convblocks::Context& context,
                                              const convblocks::ChannelPoolBackwardArgs& args) {
-  return convblocks::cpu::dispatch(args.dtype, [&]<class T>(T) {
-    using A = convblocks::cpu::Acc<T>;
-    if (args.gate_dtype == args.dtype)
-      convblocks::cpu::backward<T, T>(context, args);
-    else
-      convblocks::cpu::backward<T, A>(context, args);
-  });
+  return convblocks::cpu::dispatch(args.dtype, [&]<class T>(T) { convblocks::cpu::backward<T>(context, args); });
 }

@@ -5,50 +5,40 @@
 
 namespace convblocks::cpu {
 
-// Of some pixels of a sample: where they are, and what is made of their channels.
+// Of a sample: where it is, and what is made of the channels of `pixels` pixels from `first` on.
 template <class T>
 struct ContextGradient {
   using A = Acc<T>;
   Map x, grad, grad_x;
-  int64_t sample, first, c;
+  int64_t sample, c;
   bool far;
   const A *scale, *context, *grad_context, *weight;
 
-  // From attention and dz to grad_x and the share in the gradient of the attention's weight.
-  void planes(int64_t pixels, const A* attention, const A* dz, A* out) const {
-    constexpr int L = kLanes<T>;
-    for (int64_t begin = 0; begin < c; begin += L) {
-      Vec<A> sums[L]{};
-      const int64_t count = std::min<int64_t>(L, c - begin);
-      for (int64_t k = 0; k < count; k++) {
-        const int64_t channel = begin + k;
-        const T *v = row<T>(x, sample, channel, first), *g = row<T>(grad, sample, channel, first);
-        const A mean = context[channel], by_grad = scale[channel], by_attention = grad_context[channel];
-        const A by_dz = weight[channel];
-        Vec<A> sum{};
-        write_row<T>(row<T>(grad_x, sample, channel, first), pixels, far,
-                     [=, &sum](int64_t p, auto lanes) CONVBLOCKS_LOOP {
-                       const Vec<A> d = load(dz + p, lanes);
-                       sum += (load(v + p, lanes) - mean) * d;
-                       return load(g + p, lanes) * by_grad + load(attention + p, lanes) * by_attention + d * by_dz;
-                     });
-        sums[k] = sum;
-      }
-      store(out + begin, sum_each(sums), static_cast<int>(count));
-    }
+  // From attention and dz to grad_x of a channel; returns its share in the gradient of the attention's weight.
+  Vec<A> plane(int64_t channel, int64_t first, int64_t pixels, const A* attention, const A* dz) const {
+    const T *v = row<T>(x, sample, channel, first), *g = row<T>(grad, sample, channel, first);
+    const A mean = context[channel], by_grad = scale[channel], by_attention = grad_context[channel];
+    const A by_dz = weight[channel];
+    Vec<A> sum{};
+    write_row<T>(row<T>(grad_x, sample, channel, first), pixels, far, [=, &sum](int64_t p, auto lanes) CONVBLOCKS_LOOP {
+      const Vec<A> d = load(dz + p, lanes);
+      sum += (load(v + p, lanes) - mean) * d;
+      return load(g + p, lanes) * by_grad + load(attention + p, lanes) * by_attention + d * by_dz;
+    });
+    return sum;
   }
 
-  void rows(int64_t pixels, const A* attention, const A* dz, A* out) const {
+  void rows(int64_t first, int64_t pixels, const A* attention, const A* dz, A* out) const {
     int64_t p = 0;
-    for (; p + 4 <= pixels; p += 4) some_rows<4>(p, attention + p, dz + p, out);
-    for (; p < pixels; p++) some_rows<1>(p, attention + p, dz + p, out);
+    for (; p + 4 <= pixels; p += 4) some_rows<4>(first + p, attention + p, dz + p, out);
+    for (; p < pixels; p++) some_rows<1>(first + p, attention + p, dz + p, out);
   }
 
  private:
   template <int S>
   void some_rows(int64_t p, const A* attention, const A* dz, A* out) const {
-    const T *const v = row<T>(x, sample, 0, first + p), *const g = row<T>(grad, sample, 0, first + p);
-    T* const to = row<T>(grad_x, sample, 0, first + p);
+    const T *const v = row<T>(x, sample, 0, p), *const g = row<T>(grad, sample, 0, p);
+    T* const to = row<T>(grad_x, sample, 0, p);
     Vec<A> a[S], d[S];
     for (int s = 0; s < S; s++) {
       a[s] = splat<Vec<A>>(attention[s]);
@@ -88,31 +78,59 @@ void context_gradient(const Team& team, const ContextPool<T, true>& pool, const 
   const Map x = pool.x_, grad = pool.grad_;
   const int64_t c = pool.c_;
   const A *const weight = pool.weight_, *const context = s.sums;
-  pool.chunks.each(team, 3 * c, [=](int64_t chunk, int64_t first, int64_t pixels) {
-    const Scratch<A> scratch(2 * pixels);
-    A *const attention = scratch.data(), *const dz = attention + pixels;
-    A* const out = grad_weight + chunk * (c + 1);
-    const A *const e = s.weights + first, factor = s.chunks[3 * chunk + 2];
-    std::fill_n(out, c, A(0));
-    Vec<A> total{};
-    const bool planes = x.pixel == 1;
-    // Rows while they are in the first cache.
-    const int64_t step = planes ? pixels : kLanes<T>;
-    for (int64_t begin = 0; begin < pixels; begin += step) {
-      const int64_t count = std::min(step, pixels - begin);
-      A *const a = attention + begin, *const d = dz + begin;
-      weigh_channels<true>(row<T>(x, i, 0, first + begin), x, count, c, grad_context, context, A(0), d);
-      for_lanes<A>(count, [&](int64_t p, auto lanes) {
-        const Vec<A> weight = load(e + begin + p, lanes) * factor, slope = weight * load(d + p, lanes);
-        store(a + p, weight, lanes);
-        store(d + p, slope, lanes);
-        total += load(d + p, lanes);
+  const bool planes = x.pixel == 1;
+  const ContextGradient<T> gradient{x, grad, grad_x, i, c, far, scale, context, grad_context, weight};
+  pool.chunks.each(team, 3 * c, [=, &pool](int64_t chunk, int64_t some) {
+    const int64_t start = pool.chunks.first(chunk), all = pool.chunks.size(chunk, some);
+    constexpr int L = kLanes<T>;
+    const Scratch<A> scratch(2 * all + some * L * L);
+    A* const sums = scratch.data() + 2 * all;
+    const auto each = [&](auto f) {  // f(chunk, its attention, its dz, its share)
+      for (int64_t k = chunk; k < chunk + some; k++) {
+        A* const a = scratch.data() + pool.chunks.first(k) - start;
+        f(k, a, a + all, grad_weight + k * (c + 1));
+      }
+    };
+    const auto weigh = [&](int64_t first, int64_t pixels, A* to) {
+      weigh_channels<true>(row<T>(x, i, 0, first), x, pixels, c, grad_context, context, A(0), to);
+    };
+    if (planes) weigh(start, all, scratch.data() + all);
+    each([&](int64_t k, A* attention, A* dz, A* out) {
+      const int64_t first = pool.chunks.first(k), pixels = pool.chunks.size(k);
+      const A *const e = s.weights + first, factor = s.chunks[3 * k + 2];
+      std::fill_n(out, c, A(0));
+      Vec<A> total{};
+      // Rows while they are in the first cache.
+      const int64_t step = planes ? pixels : kLanes<T>;
+      for (int64_t begin = 0; begin < pixels; begin += step) {
+        const int64_t count = std::min(step, pixels - begin);
+        A *const a = attention + begin, *const d = dz + begin;
+        if (!planes) weigh(first + begin, count, d);
+        for_lanes<A>(count, [&](int64_t p, auto lanes) {
+          const Vec<A> weight = load(e + begin + p, lanes) * factor, slope = weight * load(d + p, lanes);
+          store(a + p, weight, lanes);
+          store(d + p, slope, lanes);
+          total += load(d + p, lanes);
+        });
+        if (!planes) gradient.rows(first + begin, count, a, d, out);
+      }
+      out[c] = sum_lanes(total);
+    });
+    for (int64_t channel = 0; planes && channel < c; channel += L) {
+      const int64_t channels = std::min<int64_t>(L, c - channel);
+      for (int64_t j = 0; j < channels; j++) {
+        A* to = sums + j * L;
+        for (int64_t p = 0; p < all; p += pool.chunks.length, to += L * L) {
+          const int64_t pixels = std::min(pool.chunks.length, all - p);
+          store(to, gradient.plane(channel + j, start + p, pixels, scratch.data() + p, scratch.data() + all + p));
+        }
+      }
+      each([&](int64_t k, const A*, const A*, A* out) {
+        Vec<A> of_channels[L]{};
+        for (int64_t j = 0; j < channels; j++) of_channels[j] = load(sums + ((k - chunk) * L + j) * L);
+        store(out + channel, sum_each(of_channels), static_cast<int>(channels));
       });
-      const ContextGradient<T> gradient{x,     grad,    grad_x,       i,     first + begin, c, far,
-                                        scale, context, grad_context, weight};
-      planes ? gradient.planes(count, a, d, out) : gradient.rows(count, a, d, out);
     }
-    out[c] = sum_lanes(total);
     finish_stores();
   });
 }

@@ -64,10 +64,19 @@ void weigh_channels(const T* x, const Map& map, int64_t pixels, int64_t c, const
   by_rows<L>(pixels, rows);
 }
 
-// How the pixels of a sample are cut: by the sizes only.
+// Fetches the channels of some pixels that are read soon, after others.
+template <class T>
+void fetch_rows(const T* from, int64_t step, int64_t pixels, int64_t c) {
+  for (int64_t p = 0; p < pixels; p++) {
+    for (int64_t i = 0; i < c; i += 64 / sizeof(T)) __builtin_prefetch(from + p * step + i);
+  }
+}
+
+// How the pixels of a sample are cut: by the sizes only. A thread takes several chunks of planes together where the last
+// cache holds them: what it then reads of a plane, or most of it, lies side by side.
 template <class T>
 struct Chunks {
-  int64_t pixels, length, count;
+  int64_t pixels, length, count, together;
   Chunks(int64_t c, int64_t hw, bool planes) : pixels(hw) {
     constexpr int64_t L = kLanes<T>;
     const int64_t bytes = c * sizeof(T);
@@ -76,15 +85,17 @@ struct Chunks {
     const int64_t even = (hw + most - 1) / most;
     length = ((hw + even - 1) / even + L - 1) / L * L;
     count = (hw + length - 1) / length;
+    together = planes ? std::max<int64_t>(1, (1536 << 10) / (length * bytes)) : 1;
   }
-  // Calls f(chunk, first pixel, pixels) for all chunks, which a team divides.
+  int64_t first(int64_t chunk) const { return std::min(pixels, chunk * length); }
+  int64_t size(int64_t chunk, int64_t chunks = 1) const { return first(chunk + chunks) - first(chunk); }
+
+  // Calls f(chunk, chunks) for all chunks, several at a time, which a team divides.
   template <class F>
   void each(const Team& team, int64_t cost, F f) const {
     // Compiled once, whoever calls it: two copies could round differently.
     team.split(count, length * cost, [=, *this](int64_t first, int64_t last) __attribute__((noinline)) {
-      for (int64_t chunk = first; chunk < last; chunk++) {
-        f(chunk, chunk * length, std::min(length, pixels - chunk * length));
-      }
+      for (int64_t chunk = first; chunk < last; chunk += together) f(chunk, std::min(together, last - chunk));
     });
   }
 };
@@ -106,7 +117,8 @@ class ContextPool {
 
   ContextPool(const Context& context, int64_t n, int64_t c, int64_t hw, const Map& x, const Map& grad, const A* weight,
               A bias)
-      : c_(c), hw_(hw), x_(x), grad_(grad), weight_(weight), bias_(bias), chunks(c, hw, x.pixel == 1) {
+      : c_(c), hw_(hw), x_(x), grad_(grad), weight_(weight), bias_(bias), chunks(c, hw, x.pixel == 1),
+        fetch_(kBackward && exceeds_caches(context, 4 * n * c * hw * sizeof(T))) {
     memory_ = static_cast<A*>(context.workspace(context, n * size() * sizeof(A)));
   }
 
@@ -119,20 +131,23 @@ class ContextPool {
 
   void run(int64_t i, const Team& team) const {
     const Sample s = sample(i);
-    chunks.each(team, (K + 1) * c_, [=, this](int64_t chunk, int64_t first, int64_t pixels) {
-      A* const numbers = s.chunks + 3 * chunk;
-      if (weight_ && x_.pixel != 1) {
-        pool_rows(i, first, pixels, s.weights + first, numbers, s.partial + chunk * K * c_);
-      } else if (weight_) {
-        A* const z = s.weights + first;
-        weigh_channels<false>(row<T>(x_, i, 0, first), x_, pixels, c_, weight_, static_cast<const A*>(nullptr), bias_,
-                              z);
-        exponentials(z, pixels, numbers);
-        sum<true>(i, first, pixels, z, s.partial + chunk * K * c_);
+    chunks.each(team, (K + 1) * c_, [=, this](int64_t chunk, int64_t some) {
+      const int64_t first = chunks.first(chunk), last = chunk + some;
+      if (!weight_) {
+        for (int64_t k = chunk; k < last; k++) {
+          s.chunks[3 * k] = 0;
+          s.chunks[3 * k + 1] = A(chunks.size(k));
+        }
+        sum<false>(i, chunk, last, s);
+      } else if (x_.pixel != 1) {
+        pool_rows(i, first, chunks.size(chunk), s.weights + first, s.chunks + 3 * chunk, s.partial + chunk * K * c_);
       } else {
-        numbers[0] = 0;
-        numbers[1] = A(pixels);
-        sum<false>(i, first, pixels, nullptr, s.partial + chunk * K * c_);
+        weigh_channels<false>(row<T>(x_, i, 0, first), x_, chunks.size(chunk, some), c_, weight_,
+                              static_cast<const A*>(nullptr), bias_, s.weights + first);
+        for (int64_t k = chunk; k < last; k++) {
+          exponentials(s.weights + chunks.first(k), chunks.size(k), s.chunks + 3 * k);
+        }
+        sum<true>(i, chunk, last, s);
       }
     });
     merge(s);
@@ -175,21 +190,33 @@ class ContextPool {
   }
 
   template <bool kWeighted>
-  void sum(int64_t i, int64_t first, int64_t pixels, const A* e, A* out) const {
+  void sum(int64_t i, int64_t chunk, int64_t last, const Sample& s) const {
+    const int64_t step = x_.pixel == 1 && last - chunk > 1 ? std::max<int64_t>(1, 256 / chunks.length) : c_;
+    for (int64_t channel = 0; channel < c_; channel += step) {
+      const int64_t stop = std::min(c_, channel + step);
+      for (int64_t k = chunk; k < last; k++) sum_channels<kWeighted>(i, k, channel, stop, s);
+    }
+  }
+  // Of a chunk the channels in [begin, end), which are all of them in channels_last.
+  template <bool kWeighted>
+  void sum_channels(int64_t i, int64_t chunk, int64_t begin, int64_t end, const Sample& s) const {
+    const int64_t first = chunks.first(chunk), pixels = chunks.size(chunk);
     const T* const x = row<T>(x_, i, 0, first);
     const T* const g = kBackward ? row<T>(grad_, i, 0, first) : x;
+    A* const out = s.partial + chunk * K * c_;
     if (x_.pixel == 1) {
-      reduce_planes<T, K>(0, c_, pixels, out, c_, [=, this](int64_t channel, int64_t p, auto lanes) CONVBLOCKS_LOOP {
-        return terms<kWeighted>(load(x + channel * x_.channel + p, lanes),
-                                kBackward ? load(g + channel * grad_.channel + p, lanes) : Vec<A>{},
-                                kWeighted ? load(e + p, lanes) : Vec<A>{});
-      });
-    } else {
+      const A* const e = kWeighted ? s.weights + first : nullptr;
+      reduce_planes<T, K>(begin, end, pixels, out, c_,
+                          [=, this](int64_t channel, int64_t p, auto lanes) CONVBLOCKS_LOOP {
+                            return terms<kWeighted>(load(x + channel * x_.channel + p, lanes),
+                                                    kBackward ? load(g + channel * grad_.channel + p, lanes) : Vec<A>{},
+                                                    kWeighted ? load(e + p, lanes) : Vec<A>{});
+                          });
+    } else if constexpr (!kWeighted) {
       const int64_t step = x_.pixel, grad_step = kBackward ? grad_.pixel : step;
       sum_rows_of<T, K>(0, pixels, c_, out, [=](int64_t p, int64_t channel, auto lanes) CONVBLOCKS_LOOP {
-        return terms<kWeighted>(load(x + p * step + channel, lanes),
-                                kBackward ? load(g + p * grad_step + channel, lanes) : Vec<A>{},
-                                kWeighted ? splat<Vec<A>>(e[p]) : Vec<A>{});
+        return terms<false>(load(x + p * step + channel, lanes),
+                            kBackward ? load(g + p * grad_step + channel, lanes) : Vec<A>{}, Vec<A>{});
       });
     }
   }
@@ -206,7 +233,9 @@ class ContextPool {
       const int64_t count = std::min<int64_t>(L, pixels - p);
       const T* const x = row<T>(x_, i, 0, first + p);
       const T* const g = kBackward ? row<T>(grad_, i, 0, first + p) : x;
+      if (fetch_) fetch_rows(g, grad_.pixel, count, c_);
       weigh_channels<false>(x, x_, count, c_, weight_, static_cast<const A*>(nullptr), bias_, z + p);
+      if (fetch_) fetch_rows(x + L * x_.pixel, x_.pixel, std::min<int64_t>(L, pixels - p - count), c_);
       const Vec<A> logits = load(z + p, static_cast<int>(count), lowest);
       const A most = max_lanes(logits);
       if (!(most <= maximum)) {
@@ -279,6 +308,7 @@ class ContextPool {
     if (K > 1) add(c_, (K - 1) * c_, std::false_type{});
   }
 
+  const bool fetch_;  // maps so large that little of them is in the last cache, which others use, too
   A* memory_;
 };
 

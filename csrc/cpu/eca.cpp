@@ -63,7 +63,7 @@ void forward(const Context& context, const EcaArgs& a) {
                   });
 }
 
-template <class T, class W>
+template <class T>
 void backward(const Context& context, const EcaBackwardArgs& a) {
   using A = Acc<T>;
   const Filter<A> filter(context, a.weights, a.c);
@@ -108,13 +108,15 @@ void backward(const Context& context, const EcaBackwardArgs& a) {
                                sample_backward(first + s, pooled + at, grad_gates + at, gates + at, grad_pooled + at);
                              }
                            });
+  const Narrowed<A> grad_weight(context, a.grad_weight, a.weights.dtype, k),
+      grad_bias(context, a.grad_bias, a.weights.dtype, 1);
   for (int64_t j = 0; j <= k; j++) {
     A sum = 0;
     for (int64_t sample = 0; sample < n; sample++) sum += tap_grads(sample)[j];
     if (j < k)
-      static_cast<W*>(a.grad_weight)[j] = static_cast<W>(sum);
-    else if (a.grad_bias)
-      *static_cast<W*>(a.grad_bias) = static_cast<W>(sum);
+      grad_weight[j] = sum;
+    else if (grad_bias)
+      *grad_bias = sum;
   }
 }
 
@@ -126,11 +128,5 @@ const char* convblocks_eca(const convblocks::Context& context, const convblocks:
 }
 
 const char* convblocks_eca_backward(const convblocks::Context& context, const convblocks::EcaBackwardArgs& args) {
-  return convblocks::cpu::dispatch(args.dtype, [&]<class T>(T) {
-    using A = convblocks::cpu::Acc<T>;
-    if (args.weights.dtype == args.dtype)
-      convblocks::cpu::backward<T, T>(context, args);
-    else
-      convblocks::cpu::backward<T, A>(context, args);
-  });
+  return convblocks::cpu::dispatch(args.dtype, [&]<class T>(T) { convblocks::cpu::backward<T>(context, args); });
 }

@@ -73,18 +73,20 @@ struct Transform {
     });
   }
 
-  template <class W>
-  void gradients(const Context& context, int64_t n, const A* contexts, const ContextTransform& grads) const {
-    sum_of_products(context, n, c, r, grad_out, active, static_cast<W*>(grads.w2), static_cast<W*>(grads.b2));
-    sum_of_products(context, n, r, c, grad_hidden, contexts, static_cast<W*>(grads.w1), static_cast<W*>(grads.b1));
+  void gradients(const Context& context, int64_t n, const A* contexts, const ContextTransform& grads,
+                 Dtype dtype) const {
+    const auto to = [&](void* data, int64_t count) { return Narrowed<A>(context, data, dtype, count); };
+    sum_of_products(context, n, c, r, grad_out, active, to(grads.w2, c * r), to(grads.b2, c));
+    sum_of_products(context, n, r, c, grad_hidden, contexts, to(grads.w1, r * c), to(grads.b1, r));
+    const auto norm_weight = to(grads.norm_weight, r), norm_bias = to(grads.norm_bias, r);
     for (int64_t i = 0; i < r; i++) {
       A weight = 0, bias = 0;
       for (int64_t s = 0; s < n; s++) {
         weight += by_unit[s * r + i];
         bias += grad_normed[s * r + i];
       }
-      static_cast<W*>(grads.norm_weight)[i] = static_cast<W>(weight);
-      static_cast<W*>(grads.norm_bias)[i] = static_cast<W>(bias);
+      norm_weight[i] = weight;
+      norm_bias[i] = bias;
     }
   }
 
@@ -164,7 +166,7 @@ void forward(const Context& context, const GlobalContextArgs& a) {
       });
 }
 
-template <class T, class W>
+template <class T>
 void backward(const Context& context, const GlobalContextBackwardArgs& a) {
   using A = Acc<T>;
   const int64_t n = a.n, c = a.c, hw = a.hw;
@@ -217,18 +219,19 @@ void backward(const Context& context, const GlobalContextBackwardArgs& a) {
           }
         }
       });
-  if (scale.r) scale.template gradients<W>(context, n, contexts, a.grads.transforms[kScale]);
-  if (add.r) add.template gradients<W>(context, n, contexts, a.grads.transforms[kAdd]);
+  if (scale.r) scale.gradients(context, n, contexts, a.grads.transforms[kScale], w.dtype);
+  if (add.r) add.gradients(context, n, contexts, a.grads.transforms[kAdd], w.dtype);
   if (!pool.weight_) return;
   const auto total = [=, count = n * pool.chunks.count](int64_t i, auto lanes) {
     Vec<A> sum = load(attention + i, lanes);
     for (int64_t share = 1; share < count; share++) sum += load(attention + share * (c + 1) + i, lanes);
     return sum;
   };
-  for_lanes<W>(c,
-               [&](int64_t i, auto lanes) { store(static_cast<W*>(a.grads.attn_weight) + i, total(i, lanes), lanes); });
+  const Narrowed<A> attn_weight(context, a.grads.attn_weight, w.dtype, c),
+      attn_bias(context, a.grads.attn_bias, w.dtype, 1);
+  for_lanes<A>(c, [&](int64_t i, auto lanes) { store(attn_weight + i, total(i, lanes), lanes); });
   // Attention does not change with its bias: the sum is 0, or not a number.
-  if (a.grads.attn_bias) *static_cast<W*>(a.grads.attn_bias) = static_cast<W>(0 * total(c, 1)[0]);
+  if (attn_bias) *attn_bias = 0 * total(c, 1)[0];
 }
 
 }  // namespace
@@ -240,11 +243,5 @@ const char* convblocks_global_context(const convblocks::Context& context, const 
 
 const char* convblocks_global_context_backward(const convblocks::Context& context,
                                                const convblocks::GlobalContextBackwardArgs& args) {
-  return convblocks::cpu::dispatch(args.dtype, [&]<class T>(T) {
-    using A = convblocks::cpu::Acc<T>;
-    if (args.weights.dtype == args.dtype)
-      convblocks::cpu::backward<T, T>(context, args);
-    else
-      convblocks::cpu::backward<T, A>(context, args);
-  });
+  return convblocks::cpu::dispatch(args.dtype, [&]<class T>(T) { convblocks::cpu::backward<T>(context, args); });
 }

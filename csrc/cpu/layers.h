@@ -47,7 +47,7 @@ template <class A>
 class LayersBackward {
  public:
   LayersBackward(const Context& context, const SqueezeExciteWeights& w, int64_t n, int64_t c)
-      : layers(context, w, c), context_(context), n_(n) {
+      : layers(context, w, c), context_(context), n_(n), dtype_(w.dtype) {
     const int64_t r = layers.r;
     active_ = static_cast<A*>(context.workspace(context, n * (3 * r + 2 * c) * sizeof(A)));
     hidden_ = active_ + n * r;
@@ -86,11 +86,12 @@ class LayersBackward {
     });
   }
 
-  template <class W>
-  void weights(W* grad_w1, W* grad_b1, W* grad_w2, W* grad_b2) const {
+  void weights(void* grad_w1, void* grad_b1, void* grad_w2, void* grad_b2) const {
     const int64_t c = layers.c, r = layers.r;
-    sum_of_products(context_, n_, c, layers.inner(), grad_logits_, r ? active_ : squeezed_, grad_w2, grad_b2);
-    if (r) sum_of_products(context_, n_, r, c, grad_hidden_, squeezed_, grad_w1, grad_b1);
+    const auto to = [this](void* grad, int64_t count) { return Narrowed<A>(context_, grad, dtype_, count); };
+    sum_of_products(context_, n_, c, layers.inner(), grad_logits_, r ? active_ : squeezed_,
+                    to(grad_w2, c * layers.inner()), to(grad_b2, c));
+    if (r) sum_of_products(context_, n_, r, c, grad_hidden_, squeezed_, to(grad_w1, r * c), to(grad_b1, r));
   }
 
   const Layers<A> layers;
@@ -98,6 +99,7 @@ class LayersBackward {
  private:
   const Context& context_;
   int64_t n_;
+  Dtype dtype_;
   A *active_, *hidden_, *grad_hidden_, *squeezed_, *grad_logits_;
 };
 

@@ -37,21 +37,13 @@ struct Tiles {
 };
 
 // Sums of `count` parts, `n` numbers each, into `out`.
-template <class A, class W>
-void add_parts(const A* parts, int64_t count, int64_t n, W* out) {
+template <class A>
+void add_parts(const A* parts, int64_t count, int64_t n, A* out) {
   for_lanes<A>(n, [=](int64_t i, auto lanes) {
     Vec<A> total{};
     for (int64_t part = 0; part < count; part++) total += load(parts + part * n + i, lanes);
     store(out + i, total, lanes);
   });
-}
-
-// Calls f(first, std::integral_constant<int, G>) for groups of 4 and 1.
-template <class F>
-CONVBLOCKS_LOOP inline void by_four(int64_t count, F f) {
-  int64_t i = 0;
-  for (; i + 4 <= count; i += 4) f(i, std::integral_constant<int, 4>{});
-  for (; i < count; i++) f(i, std::integral_constant<int, 1>{});
 }
 
 }  // namespace convblocks::cpu

@@ -2,10 +2,9 @@
 // vector for each sum; several sums share one read. The order of the additions depends on the sizes only, never on the
 // number of threads, and sums of many terms are built from sums of few.
 #pragma once
-#include <unistd.h>
-
 #include <array>
 
+#include "caches.h"
 #include "team.h"
 #include "vec.h"
 
@@ -57,21 +56,14 @@ CONVBLOCKS_LOOP inline void write_row(T* to, int64_t n, bool past_caches, F f) {
 template <class T, class L, class F>
 CONVBLOCKS_LOOP inline void write_column(T* to, int64_t stride, int64_t begin, int64_t end, L lanes, bool past_caches,
                                          F f) {
-  if constexpr (std::is_same_v<L, Full>) {
-    constexpr size_t size = kLanes<T> * sizeof(T);
+  constexpr size_t size = kLanes<T> * sizeof(T);
+  if constexpr (std::is_same_v<L, Full> && size == 64) {  // a line of the cache: parts of one would be slow
     if (past_caches && reinterpret_cast<uintptr_t>(to) % size == 0 && stride * sizeof(T) % size == 0) {
       for (int64_t p = begin; p < end; p++) store_past_caches(to + p * stride, f(p));
       return;
     }
   }
   for (int64_t p = begin; p < end; p++) store(to + p * stride, f(p), lanes);
-}
-
-// Whether a map of so many bytes and a second one of the same size are larger than the caches of the threads.
-inline bool exceeds_caches(const Context& context, int64_t bytes) {
-  static const int64_t second = std::max<int64_t>(sysconf(_SC_LEVEL2_CACHE_SIZE), 1 << 20);
-  static const int64_t third = sysconf(_SC_LEVEL3_CACHE_SIZE);
-  return 2 * bytes > std::max(third, second * context.threads);
 }
 
 // NCHW: the K sums of f(i, lanes) -> Vecs<A, K> over the n pixels of a plane.
@@ -102,8 +94,7 @@ CONVBLOCKS_LOOP inline std::array<Acc<T>, K> reduce_plane(int64_t n, F f) {
     for (int k = 0; k < K; k++) sums[k] = sum_lanes((acc[0][k] + acc[1][k]) + (acc[2][k] + acc[3][k]));
     return sums;
   };
-  if (n <= kBlock) return block(0, n);
-  std::array<double, K> total{};
+  std::array<double, K> total{};  // exact where there is one block
   for (int64_t begin = 0; begin < n; begin += kBlock) {
     const std::array<A, K> sums = block(begin, std::min(n, begin + kBlock));
     for (int k = 0; k < K; k++) total[k] += sums[k];

@@ -96,7 +96,7 @@ struct Run {
   }
 };
 
-template <class T, class W>
+template <class T>
 void backward(const Context& context, const ScaleShiftActBackwardArgs& a) {
   using A = Acc<T>;
   const int64_t n = a.n, c = a.c, hw = a.hw;
@@ -128,10 +128,12 @@ void backward(const Context& context, const ScaleShiftActBackwardArgs& a) {
       }
     });
   });
+  const Narrowed<A> grad_scale(context, a.grad_scale, a.channels.dtype, c),
+      grad_shift(context, a.grad_shift, a.channels.dtype, c);
   for (int64_t i = 0; i < 2 * c; i++) {
     double total = 0;
     for (int64_t sample = 0; sample < n; sample++) total += workspace[sample * size + i];
-    static_cast<W*>(i < c ? a.grad_scale : a.grad_shift)[i % c] = static_cast<W>(static_cast<A>(total));
+    (i < c ? grad_scale : grad_shift)[i % c] = static_cast<A>(total);
   }
 }
 
@@ -144,11 +146,5 @@ const char* convblocks_scale_shift_act(const convblocks::Context& context, const
 
 const char* convblocks_scale_shift_act_backward(const convblocks::Context& context,
                                                 const convblocks::ScaleShiftActBackwardArgs& args) {
-  return convblocks::cpu::dispatch(args.dtype, [&]<class T>(T) {
-    using A = convblocks::cpu::Acc<T>;
-    if (args.channels.dtype == args.dtype)
-      convblocks::cpu::backward<T, T>(context, args);
-    else
-      convblocks::cpu::backward<T, A>(context, args);
-  });
+  return convblocks::cpu::dispatch(args.dtype, [&]<class T>(T) { convblocks::cpu::backward<T>(context, args); });
 }

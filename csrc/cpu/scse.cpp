@@ -268,7 +268,7 @@ struct Backward {
   }
 };
 
-template <class T, class W, bool kPlanes, Combine kCombine>
+template <class T, bool kPlanes, Combine kCombine>
 void backward(const Context& context, const ScseBackwardArgs& a) {
   using A = Acc<T>;
   using Item = Backward<T, kPlanes, kCombine>;
@@ -296,13 +296,13 @@ void backward(const Context& context, const ScseBackwardArgs& a) {
     each([&](const Item& item) { item.finish(team, far); });
   });
   if constexpr (kCombine != Combine::spatial) {
-    layers.weights(static_cast<W*>(a.grad_w1), static_cast<W*>(a.grad_b1), static_cast<W*>(a.grad_w2),
-                   static_cast<W*>(a.grad_b2));
+    layers.weights(a.grad_w1, a.grad_b1, a.grad_w2, a.grad_b2);
   }
+  const Narrowed<A> grad_w(context, a.grad_w, a.channel.dtype, c), grad_b(context, a.grad_b, a.channel.dtype, 1);
   for_lanes<A>(c, [&](int64_t i, auto lanes) {
     Vec<A> total{};
     for (int64_t item = 0; item < items; item++) total += load(Item(a, work, item, workspace).dw + i, lanes);
-    store(static_cast<W*>(a.grad_w) + i, total, lanes);
+    store(grad_w + i, total, lanes);
   });
   if (!a.grad_b) return;
   double total = 0;
@@ -311,7 +311,7 @@ void backward(const Context& context, const ScseBackwardArgs& a) {
     total += reduce_plane<A, 1>(item.count, [dz = item.dz](int64_t p, auto lanes)
                                                 CONVBLOCKS_LOOP { return Vecs<A, 1>{load(dz + p, lanes)}; })[0];
   }
-  *static_cast<W*>(a.grad_b) = static_cast<W>(static_cast<A>(total));
+  *grad_b = static_cast<A>(total);
 }
 
 // Whether pixels are neighbours, in all maps: one of two channels may have them apart where that of one has not.
@@ -330,13 +330,9 @@ const char* convblocks_scse(const Context& context, const ScseArgs& args) {
 
 const char* convblocks_scse_backward(const Context& context, const ScseBackwardArgs& args) {
   return cpu::dispatch(args.dtype, [&]<class T>(T) {
-    using A = cpu::Acc<T>;
-    const bool planes = cpu::are_planes(args.x, args.grad), same = args.channel.dtype == args.dtype;
     cpu::with_combine(args.combine, [&]<Combine k>(std::integral_constant<Combine, k>) {
-      if (planes)
-        same ? cpu::backward<T, T, true, k>(context, args) : cpu::backward<T, A, true, k>(context, args);
-      else
-        same ? cpu::backward<T, T, false, k>(context, args) : cpu::backward<T, A, false, k>(context, args);
+      cpu::are_planes(args.x, args.grad) ? cpu::backward<T, true, k>(context, args)
+                                         : cpu::backward<T, false, k>(context, args);
     });
   });
 }

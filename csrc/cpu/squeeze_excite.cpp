@@ -20,12 +20,11 @@ void forward(const Context& context, const SqueezeExciteArgs& a) {
                   });
 }
 
-template <class T, class W>
+template <class T>
 void backward(const Context& context, const SqueezeExciteBackwardArgs& a) {
   const LayersBackward<Acc<T>> layers(context, a.weights, a.n, a.c);
   channel_gate_backward<T>(context, a.n, a.c, a.hw, a.grad, a.x, a.grad_x, a.weights.add_maxpool, layers);
-  layers.weights(static_cast<W*>(a.grad_w1), static_cast<W*>(a.grad_b1), static_cast<W*>(a.grad_w2),
-                 static_cast<W*>(a.grad_b2));
+  layers.weights(a.grad_w1, a.grad_b1, a.grad_w2, a.grad_b2);
 }
 
 }  // namespace
@@ -37,11 +36,5 @@ const char* convblocks_squeeze_excite(const convblocks::Context& context, const 
 
 const char* convblocks_squeeze_excite_backward(const convblocks::Context& context,
                                                const convblocks::SqueezeExciteBackwardArgs& args) {
-  return convblocks::cpu::dispatch(args.dtype, [&]<class T>(T) {
-    using A = convblocks::cpu::Acc<T>;
-    if (args.weights.dtype == args.dtype)
-      convblocks::cpu::backward<T, T>(context, args);
-    else
-      convblocks::cpu::backward<T, A>(context, args);
-  });
+  return convblocks::cpu::dispatch(args.dtype, [&]<class T>(T) { convblocks::cpu::backward<T>(context, args); });
 }

@@ -19,6 +19,35 @@ const A* widened(const Context& context, const void* data, Dtype dtype, int64_t 
   return copy;
 }
 
+// Where the `count` numbers of a parameter's gradient are written as A: in place if they are so stored, else in workspace,
+// and rounded to its dtype at the end of the scope. Null where the parameter has no gradient.
+template <class A>
+class Narrowed {
+ public:
+  Narrowed(const Context& context, void* data, Dtype dtype, int64_t count) : data_(data), dtype_(dtype), count_(count) {
+    const bool here = !data || dtype == Dtype::f32 || dtype == Dtype::f64;
+    at_ = static_cast<A*>(here ? data : context.workspace(context, count * sizeof(A)));
+  }
+  Narrowed(const Narrowed&) = delete;
+  ~Narrowed() {
+    if (at_ == data_) return;
+    const auto round = [this]<class W>(W* to) {
+      for_lanes<W>(count_, [=, from = at_](int64_t i, auto lanes) CONVBLOCKS_LOOP {
+        if constexpr (std::is_same_v<A, float>) store(to + i, load(from + i, lanes), lanes);
+      });
+    };
+    if (dtype_ == Dtype::f16) round(static_cast<f16*>(data_));
+    if (dtype_ == Dtype::bf16) round(static_cast<bf16*>(data_));
+  }
+  operator A*() const { return at_; }
+
+ private:
+  void* data_;
+  Dtype dtype_;
+  int64_t count_;
+  A* at_;
+};
+
 template <class A>
 A dot(const A* a, const A* b, int64_t n) {
   return reduce_plane<A, 1>(
@@ -31,6 +60,14 @@ void by_groups(int64_t count, F f) {
   int64_t i = 0;
   for (; i + 4 <= count; i += 4) f(i, std::integral_constant<int, 4>{});
   for (; i + 2 <= count; i += 2) f(i, std::integral_constant<int, 2>{});
+  for (; i < count; i++) f(i, std::integral_constant<int, 1>{});
+}
+
+// The same for groups of 4 and 1.
+template <class F>
+CONVBLOCKS_LOOP inline void by_four(int64_t count, F f) {
+  int64_t i = 0;
+  for (; i + 4 <= count; i += 4) f(i, std::integral_constant<int, 4>{});
   for (; i < count; i++) f(i, std::integral_constant<int, 1>{});
 }
 
@@ -125,9 +162,9 @@ void sum_rows(int64_t rows, int64_t cols, const A* w, Left left, Put put) {
 }
 
 // grad_w (rows, cols) = sum over the n samples of left[n] (rows) x right[n] (cols), and grad_b (rows) = that of left.
-template <class W, class A>
+template <class A>
 void sum_of_products(const Context& context, int64_t n, int64_t rows, int64_t cols, const A* left, const A* right,
-                     W* grad_w, W* grad_b) {
+                     std::type_identity_t<A>* grad_w, std::type_identity_t<A>* grad_b) {
   parallel_for(context, rows, std::max<int64_t>(4, 16384 / (n * cols)), [&](int64_t begin, int64_t end) {
     by_groups(end - begin, [&]<int G>(int64_t offset, std::integral_constant<int, G>) {
       const int64_t first = begin + offset;
@@ -138,7 +175,7 @@ void sum_of_products(const Context& context, int64_t n, int64_t rows, int64_t co
     for (int64_t i = begin; grad_b && i < end; i++) {
       A sum = 0;
       for (int64_t sample = 0; sample < n; sample++) sum += left[sample * rows + i];
-      grad_b[i] = static_cast<W>(sum);
+      grad_b[i] = sum;
     }
   });
 }

@@ -151,7 +151,7 @@ def test_a_folded_norm_may_be_parametrized() -> None:
         torch.testing.assert_close(model(torch.ones(1, 4, 8, 8)), expected)
 
 
-def test_sync_batch_norm_is_refused() -> None:
+def test_torchs_sync_batch_norm_is_refused() -> None:
     """Torch's conversion makes a norm without activation of any norm."""
     model = nn.SyncBatchNorm.convert_sync_batchnorm(create("vgg11_bn", num_classes=2, hidden=8))
     with pytest.raises(RuntimeError, match=r"vgg11_bn: expected norms with what follows them, got nn.SyncBatchNorm"):

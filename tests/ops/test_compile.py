@@ -14,7 +14,7 @@ from torch._inductor.utils import run_and_get_code
 
 from convblocks import backends
 from convblocks.opinfo import OPS, OpInfo
-from tests.ops.common import each_op, once, operator
+from tests.ops.common import SLOW, each_op, once, operator
 from tests.ops.test_backends import python
 from tests.ops.test_transforms import Layer
 
@@ -49,7 +49,7 @@ def _loss_and_gradients(net: nn.Module, x: Tensor) -> list[Tensor]:
     return [y, *torch.autograd.grad(y.square().mean(), list(net.parameters()))]
 
 
-@pytest.mark.parametrize("dynamic", [True, None], ids=["dynamic", "automatic"])
+@pytest.mark.parametrize("dynamic", [None] if SLOW else [True, None], ids=lambda d: "dynamic" if d else "automatic")
 @each_op
 def test_no_recompilation_for_other_sizes(info: OpInfo, dynamic: bool | None, backend: str, device: str) -> None:
     """Forward and backward in full graphs: two at most for four sizes."""

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from convblocks.accuracy import Judge, run
 from convblocks.opinfo import OpInfo, Options, Sample
+from tests.conftest import INTERPRETED
 from tests.ops.common import (
     SLOW,
     accuracy,
@@ -35,7 +36,9 @@ def assert_accurate(info: OpInfo, sample: Sample, grad: Tensor) -> None:
 
 @pytest.mark.parametrize(("dtype", "parameter_dtype"), PAIRS, ids=lambda d: str(d).removeprefix("torch."))
 @every_option
-@pytest.mark.parametrize("count", [2, pytest.param(10**9, marks=pytest.mark.slow)] if SLOW else [10**9])
+@pytest.mark.parametrize(
+    "count", [1 if INTERPRETED else 2, pytest.param(10**9, marks=pytest.mark.slow)] if SLOW else [10**9]
+)
 def test_sizes_and_layouts(
     info: OpInfo,
     options: Options,
