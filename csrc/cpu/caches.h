@@ -5,6 +5,7 @@
 #include <algorithm>
 #include <cstdint>
 #include <cstdio>
+#include <cstdlib>
 
 #include "../kernel.h"
 
@@ -45,8 +46,12 @@ struct LastCache {
   }
 };
 
-// Whether a map of so many bytes and a second one of the same size are larger than the caches of the threads.
+// Whether a map of so many bytes and a second one of the same size are larger than the caches of the threads, or than
+// CONVBLOCKS_CACHE_BYTES says: for a process that has a part of a cache, and for tests.
 inline bool exceeds_caches(const Context& context, int64_t bytes) {
+  static const char* const given = std::getenv("CONVBLOCKS_CACHE_BYTES");
+  static const int64_t limit = given ? std::atoll(given) : 0;
+  if (given) return 2 * bytes > limit;
   static const LastCache last;
   static const int64_t second = std::max<int64_t>(sysconf(_SC_LEVEL2_CACHE_SIZE), 1 << 20);
   const int64_t all = last.bytes * std::max(1, context.threads / last.sharers);

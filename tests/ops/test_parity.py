@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import os
+import subprocess
+import sys
 from collections.abc import Callable
 
 import pytest
@@ -21,6 +24,7 @@ from tests.ops.common import (
     each_option,
     every_option,
     of_kernels,
+    once,
     places,
     with_grad,
 )
@@ -74,6 +78,16 @@ def test_more_than_one_thread_has_work(info: OpInfo, layout: str, backend: str, 
     size = (1, 16, 20, 20) if SLOW else (4, 64, 28, 28)
     sample = with_grad(info.sample(size, layout=layout, device=device))
     assert_accurate(info, sample, info.gradient(sample))
+
+
+@once
+def test_stores_past_the_caches() -> None:
+    """As if no map found room in them: kernels write such maps in another way."""
+    which = "test_sizes_and_layouts and cpu and (float32-float32 or bfloat16-bfloat16)"
+    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", __file__, "-k", which]
+    environment = {**os.environ, "CONVBLOCKS_CACHE_BYTES": "0", "CONVBLOCKS_TEST_BACKENDS": "cpu"}
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stdout[-4000:]
 
 
 @each_option
