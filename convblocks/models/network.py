@@ -13,6 +13,7 @@ from convblocks.blocks.arguments import positive
 from convblocks.blocks.attention import outside_attention
 from convblocks.blocks.convert import Layout
 from convblocks.blocks.fused import arranged, restored, run_layers
+from convblocks.blocks.layers import is_plain
 
 
 class Network(nn.Module, ABC):
@@ -80,9 +81,21 @@ class Network(nn.Module, ABC):
         """The last map, laid out as it was computed."""
         self.check(x)
         x = arranged(x)
-        for stage in self.trunk():
+        for stage in self._with_containers(self.trunk()):
             x = run_layers(stage, x)
         return x
+
+    def _with_containers(self, stages: list[list[Any]]) -> list[list[Any]]:
+        """The stages; where someone looks on at a container of their layers, with it in the place of these."""
+        for container in self.children():
+            if not isinstance(container, nn.Sequential) or is_plain(container, type(container)):
+                continue
+            row = [layer for stage in stages for layer in stage]
+            inner = list(container)
+            first = next((i for i, layer in enumerate(row) if inner and layer is inner[0]), len(row))
+            if list(map(id, row[first : first + len(inner)])) == list(map(id, inner)):
+                stages = [row[:first], [container], row[first + len(inner) :]]
+        return stages
 
     def maps(self, x: Tensor) -> list[Tensor]:
         """The map at the end of each stage, laid out as it was computed."""

@@ -182,3 +182,32 @@ def test_places_that_are_not_there() -> None:
 def test_leaky_relu_of_any_slope_is_differentiable() -> None:
     norm = convblocks.BatchNormAct2d(3, "leaky_relu", negative_slope=-0.5)
     norm(torch.randn(2, 3, 4, 4)).sum().backward()
+
+
+@pytest.mark.parametrize(
+    ("name", "container"),
+    [
+        ("vgg11_bn", "features"),
+        ("mobilenet_v2", "features"),
+        ("densenet121", "features"),
+        ("squeezenet1_1", "features"),
+        ("ghostnet", "blocks"),
+        ("mobilenet_v3_small", "features"),
+        ("fasternet_t0", "stages"),
+        ("darknet53", "stages"),
+        ("resnet18", "layer3"),
+    ],
+)
+def test_hooks_on_containers_run(name: str, container: str) -> None:
+    """Once for an image, with what goes in and comes out, which they may replace."""
+    model = create(name, num_classes=3).eval()
+    x = torch.randn(1, 3, 64, 64)
+    seen = []
+    with torch.no_grad():
+        expected = model(x)
+        hook = getattr(model, container).register_forward_hook(lambda m, args, y: seen.append((args[0].shape, y.shape)))
+        torch.testing.assert_close(model(x), expected, rtol=1e-3, atol=1e-4)
+        assert len(seen) == 1
+        hook.remove()
+        getattr(model, container).register_forward_hook(lambda m, args, y: torch.full_like(y, 1e4))
+        assert not torch.allclose(model(x), expected)
