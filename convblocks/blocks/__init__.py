@@ -47,7 +47,7 @@ from convblocks.blocks.scse import SCSE, ChannelSE, SpatialSE
 from convblocks.blocks.shufflenet import ShuffleNetV1Unit, ShuffleNetV2Unit
 from convblocks.blocks.simam import SimAM
 from convblocks.blocks.squeeze_excite import EffectiveSqueezeExcite, SqueezeExcite
-from convblocks.blocks.sync_batch_norm import SyncBatchNormAct2d, convert_sync_batchnorm
+from convblocks.blocks.sync_batch_norm import SyncBatchNorm2d, SyncBatchNormAct2d, convert_sync_batchnorm
 from convblocks.blocks.unet import DoubleConv, UNetDown, UNetUp
 from convblocks.blocks.vgg import VGGBlock
 from convblocks.blocks.xception import XceptionBlock
@@ -106,6 +106,7 @@ __all__ = [
     "SpatialAttention",
     "SpatialSE",
     "SqueezeExcite",
+    "SyncBatchNorm2d",
     "SyncBatchNormAct2d",
     "Transition",
     "UNetDown",

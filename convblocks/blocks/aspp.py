@@ -75,9 +75,9 @@ class ASPP(nn.Module):
         room = Room(x, [self.width] * len(convs))
         branches = [run_into(branch, x, out) for branch, out in zip(convs, room.parts, strict=True)]
         pooled = pool(x)
-        eager = torch.is_grad_enabled() or backends.selected == "reference"
+        eager = torch.is_grad_enabled() or backends.selected == "reference" or isinstance(x, torch.fx.Proxy)
         if self.training or eager or not (is_plain(conv, nn.Conv2d) and is_plain(self.project, nn.Sequential)):
-            branches.append(pooled.expand(-1, -1, *x.shape[2:]))
+            branches.append(pooled.expand(-1, -1, x.shape[2], x.shape[3]))
             projected: Tensor = self.project(torch.cat(branches, 1))
             return projected
         y = room.filled(branches)

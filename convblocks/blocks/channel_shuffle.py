@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import torch
 from torch import Tensor, nn
 
 from convblocks.blocks.arguments import positive
@@ -32,7 +33,7 @@ class ChannelShuffle(nn.Module):
         self.inverse = inverse
 
     def forward(self, x: Tensor) -> Tensor:
-        if self.inverse and x.shape[1] % self.groups == 0:
+        if self.inverse and (isinstance(x, torch.fx.Proxy) or x.shape[1] % self.groups == 0):
             return operator(x, x.shape[1] // self.groups)
         return operator(x, self.groups)  # which refuses other groups
 

@@ -14,6 +14,7 @@ from convblocks import backends
 from convblocks.blocks.batch_norm_act import INPLACE, BatchNormAct2d
 from convblocks.blocks.depthwise_conv2d import DepthwiseConv2d, padding_of
 from convblocks.blocks.layers import is_plain
+from convblocks.blocks.sync_batch_norm import SyncBatchNorm2d, SyncBatchNormAct2d
 from convblocks.ops.gate import ACTIVATIONS
 from convblocks.ops.operator import memory_format
 
@@ -105,8 +106,9 @@ def _as_one(
     mean = var = gamma = beta = None
     eps, after = 0.0, activation
     if norm is not None:
-        own_norm = is_plain(norm, BatchNormAct2d)
-        if not (own_norm or is_plain(norm, nn.BatchNorm2d)) or norm.training or norm.running_mean is None:
+        own_norm = is_plain(norm, BatchNormAct2d) or is_plain(norm, SyncBatchNormAct2d)
+        plain = own_norm or is_plain(norm, nn.BatchNorm2d) or is_plain(norm, SyncBatchNorm2d)
+        if not plain or norm.training or norm.running_mean is None:
             return None
         if not norm._parameters.keys() >= _PARAMETERS:
             return None

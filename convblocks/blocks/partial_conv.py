@@ -77,11 +77,11 @@ class PartialConv(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         weight = self.partial_conv3.weight
-        wanted = torch.is_grad_enabled() and (x.requires_grad or weight.requires_grad)
         if not fusible(x, nn.Conv2d, self.partial_conv3):
             p = self.partial_conv3.in_channels
             return torch.cat((self.partial_conv3(x[:, :p]), x[:, p:]), 1)
-        return partial_conv2d(x, weight, inplace=self.inplace and not wanted)
+        inplace = self.inplace and not (torch.is_grad_enabled() and (x.requires_grad or weight.requires_grad))
+        return partial_conv2d(x, weight, inplace=inplace)
 
     def extra_repr(self) -> str:
         return "inplace=True" if self.inplace else ""

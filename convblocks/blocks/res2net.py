@@ -86,7 +86,8 @@ class Res2NetBottleneck(ResidualBlock):
         self.downsample = downsample
 
     def forward(self, x: Tensor) -> Tensor:
-        parts = convolve(self.conv1, x, self.bn1).chunk(self.scale, 1)
+        chunks = convolve(self.conv1, x, self.bn1).chunk(self.scale, 1)
+        parts = [chunks[i] for i in range(self.scale)]  # which a tracer can follow
         made: list[Tensor] = []
         room = Room(parts[0] if self.stride == 1 else None, [parts[0].shape[1]] * len(parts))
         for part, conv, bn, out in zip(parts, self.convs, self.bns, room.parts, strict=False):

@@ -163,7 +163,7 @@ class UNetUp(nn.Module):
                 sizes = f"at least {list(y.shape[2:])}, got {list(skip.shape[2:])}"
                 raise ValueError(f"UNetUp: expected a map to crop of {sizes}")
             skip = centre_crop(skip, y.shape[2], y.shape[3])
-        elif down or right:
+        elif isinstance(y, torch.fx.Proxy) or down or right:
             y = F.pad(y, (right // 2, right - right // 2, down // 2, down - down // 2))
         z: Tensor = self.conv(torch.cat((skip, y) if self.skip_first else (y, skip), 1))
         return z

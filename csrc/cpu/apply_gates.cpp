@@ -27,7 +27,7 @@ template <class T>
 void forward(const Context& context, const ApplyGatesArgs& a) {
   using A = Acc<T>;
   const Widened<A> gates(context, a.gates, a.n, a.c, a.hw);
-  const bool far = exceeds_caches(context, a.n * a.c * a.hw * sizeof(T));
+  const bool far = exceeds_caches(a.n * a.c * a.hw * sizeof(T));
   if (a.x.pixel == 1) {
     parallel_for(context, a.n * a.c, std::max<int64_t>(1, 16384 / a.hw), [&](int64_t begin, int64_t end) {
       for (int64_t plane = begin; plane < end; plane++) {

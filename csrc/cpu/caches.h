@@ -7,8 +7,6 @@
 #include <cstdio>
 #include <cstdlib>
 
-#include "../kernel.h"
-
 namespace convblocks::cpu {
 
 // One cache of the last level, and how many processors it serves. The C library may know the sum of several of them.
@@ -46,16 +44,24 @@ struct LastCache {
   }
 };
 
-// Whether a map of so many bytes and a second one of the same size are larger than the caches of the threads, or than
-// CONVBLOCKS_CACHE_BYTES says: for a process that has a part of a cache, and for tests.
-inline bool exceeds_caches(const Context& context, int64_t bytes) {
-  static const char* const given = std::getenv("CONVBLOCKS_CACHE_BYTES");
-  static const int64_t limit = given ? std::atoll(given) : 0;
-  if (given) return 2 * bytes > limit;
-  static const LastCache last;
-  static const int64_t second = std::max<int64_t>(sysconf(_SC_LEVEL2_CACHE_SIZE), 1 << 20);
-  const int64_t all = last.bytes * std::max(1, context.threads / last.sharers);
-  return 2 * bytes > std::max(all, second * context.threads);
+// What all caches of the machine hold, or what CONVBLOCKS_CACHE_BYTES says, a number: for a process that has a part of
+// them, and for tests. The same for any number of threads, as what is summed while it is written depends on it.
+inline int64_t all_caches() {
+  if (const char* given = std::getenv("CONVBLOCKS_CACHE_BYTES")) {
+    char* end;
+    const long long bytes = std::strtoll(given, &end, 10);
+    if (end != given && !*end && bytes >= 0) return bytes;
+  }
+  const LastCache last;
+  const int64_t processors = std::max<int64_t>(sysconf(_SC_NPROCESSORS_ONLN), 1);
+  const int64_t second = std::max<int64_t>(sysconf(_SC_LEVEL2_CACHE_SIZE), 1 << 20);
+  return std::max(last.bytes * ((processors + last.sharers - 1) / last.sharers), second * processors);
+}
+
+// Whether a map of so many bytes and a second one of the same size are larger than the caches.
+inline bool exceeds_caches(int64_t bytes) {
+  static const int64_t caches = all_caches();
+  return 2 * bytes > caches;
 }
 
 }  // namespace convblocks::cpu

@@ -224,7 +224,7 @@ void backward(const Context& context, const ChannelAttentionBackwardArgs& a) {
   const int64_t n = a.n, c = a.c, hw = a.hw, r = layers.r, size = 3 * c + pool_size(a.x.pixel == 1, c, hw);
   const Numbers<A> all(context, n, c, r);
   A* workspace = static_cast<A*>(context.workspace(context, n * size * sizeof(A)));
-  const bool far = exceeds_caches(context, n * c * hw * sizeof(T));
+  const bool far = exceeds_caches(n * c * hw * sizeof(T));
   for_each_group(
       context, n, group_size(2 * c * hw * sizeof(T)), 2 * c * hw, [&](int64_t first, int64_t count, const Team& team) {
         const Numbers<A> own = all.at(first, c, r);

@@ -93,7 +93,7 @@ void channel_gate(const Context& context, int64_t n, int64_t c, int64_t hw, cons
   using A = Acc<T>;
   const int64_t size = 4 * c + (x.pixel == 1 ? 0 : row_sums_size<1>(hw, c));
   A* workspace = static_cast<A*>(context.workspace(context, n * size * sizeof(A)));
-  const bool far = exceeds_caches(context, n * c * hw * sizeof(T));
+  const bool far = exceeds_caches(n * c * hw * sizeof(T));
   const auto squeeze = [=](int64_t sample, const Team& team) {
     A *pooled = workspace + sample * size, *max = pooled + 2 * c, *ties = max + c, *partial = ties + c;
     channel_sums<T, false>(team, x, x, sample, c, hw, partial, pooled);
@@ -141,7 +141,7 @@ void channel_gate_backward(const Context& context, int64_t n, int64_t c, int64_t
   using A = Acc<T>;
   const int64_t size = 6 * c + (x.pixel == 1 ? 0 : row_sums_size<2>(hw, c));
   A* workspace = static_cast<A*>(context.workspace(context, n * size * sizeof(A)));
-  const bool far = exceeds_caches(context, n * c * hw * sizeof(T));
+  const bool far = exceeds_caches(n * c * hw * sizeof(T));
   const auto squeeze = [=](int64_t sample, const Team& team) {
     A *pooled = workspace + sample * size, *max = pooled + 4 * c, *ties = max + c, *partial = ties + c;
     channel_sums<T, true>(team, x, grad, sample, c, hw, partial, pooled);

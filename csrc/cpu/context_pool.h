@@ -118,7 +118,7 @@ class ContextPool {
   ContextPool(const Context& context, int64_t n, int64_t c, int64_t hw, const Map& x, const Map& grad, const A* weight,
               A bias)
       : c_(c), hw_(hw), x_(x), grad_(grad), weight_(weight), bias_(bias), chunks(c, hw, x.pixel == 1),
-        fetch_(kBackward && exceeds_caches(context, 4 * n * c * hw * sizeof(T))) {
+        fetch_(kBackward && exceeds_caches(4 * n * c * hw * sizeof(T))) {
     memory_ = static_cast<A*>(context.workspace(context, n * size() * sizeof(A)));
   }
 
@@ -191,7 +191,9 @@ class ContextPool {
 
   template <bool kWeighted>
   void sum(int64_t i, int64_t chunk, int64_t last, const Sample& s) const {
-    const int64_t step = x_.pixel == 1 && last - chunk > 1 ? std::max<int64_t>(1, 256 / chunks.length) : c_;
+    constexpr int64_t G = std::max(1, kLanes<T> / 2);  // planes that reduce_planes takes together where they are short
+    const int64_t some = std::max<int64_t>(1, (256 / chunks.length + G - 1) / G * G);
+    const int64_t step = x_.pixel == 1 && last - chunk > 1 ? some : c_;
     for (int64_t channel = 0; channel < c_; channel += step) {
       const int64_t stop = std::min(c_, channel + step);
       for (int64_t k = chunk; k < last; k++) sum_channels<kWeighted>(i, k, channel, stop, s);

@@ -139,7 +139,7 @@ void forward(const Context& context, const GlobalContextArgs& a) {
                                    bias_of<A>(context, w));
   A* const scales = static_cast<A*>(context.workspace(context, 3 * n * c * sizeof(A)));
   A *const shifts = scales + n * c, *const contexts = shifts + n * c;
-  const bool far = exceeds_caches(context, n * c * a.hw * sizeof(T));
+  const bool far = exceeds_caches(n * c * a.hw * sizeof(T));
   for_each_group(
       context, n, 1, c * a.hw,  // groups of samples would be added up otherwise than single ones
       [&](int64_t first, int64_t count, const Team& team) __attribute__((noinline)) {
@@ -177,7 +177,7 @@ void backward(const Context& context, const GlobalContextBackwardArgs& a) {
   const int64_t shares = pool.chunks.count * (c + 1);  // in the gradient of the attention, of a sample
   A* const scales = static_cast<A*>(context.workspace(context, (3 * n * c + n * shares) * sizeof(A)));
   A *const grad_contexts = scales + n * c, *const contexts = grad_contexts + n * c, *const attention = contexts + n * c;
-  const bool far = exceeds_caches(context, n * c * hw * sizeof(T));
+  const bool far = exceeds_caches(n * c * hw * sizeof(T));
   for_each_group(
       context, n, 1, 2 * c * hw, [&](int64_t first, int64_t count, const Team& team) __attribute__((noinline)) {
         A *const gates = scales + first * c, *const by_context = grad_contexts + first * c,

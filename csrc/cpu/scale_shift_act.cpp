@@ -36,7 +36,7 @@ void forward(const Context& context, const ScaleShiftActArgs& a) {
   using A = Acc<T>;
   const A *scales = widened<A>(context, a.channels.scale, a.channels.dtype, a.c),
           *shifts = widened<A>(context, a.channels.shift, a.channels.dtype, a.c);
-  const bool far = a.x.data != a.y.data && exceeds_caches(context, a.n * a.c * a.hw * sizeof(T));
+  const bool far = a.x.data != a.y.data && exceeds_caches(a.n * a.c * a.hw * sizeof(T));
   choose<T>(a.activation, a.residual, [&]<class R>(auto activation, R) {
     if (a.x.pixel == 1) {
       parallel_for(context, a.n * a.c, std::max<int64_t>(1, 16384 / a.hw), [&](int64_t begin, int64_t end) {

@@ -76,7 +76,7 @@ struct Work {
   Part<T, kPlanes> part(const Map& map, int64_t item) const {
     return {row<T>(map, item / pieces, 0, item % pieces * length), kPlanes ? map.channel : map.pixel};
   }
-  bool exceeds() const { return exceeds_caches(context, n * c * hw * sizeof(T)); }
+  bool exceeds() const { return exceeds_caches(n * c * hw * sizeof(T)); }
 
   // Means of the channels, and gates of the pixels, from the sums.
   void finish(A* pooled, A* q, int64_t count) const {

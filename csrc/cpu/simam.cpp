@@ -297,7 +297,7 @@ struct Blocks {
 
 template <class T>
 void forward(const Context& context, const SimamArgs& a) {
-  const bool far = exceeds_caches(context, a.n * a.c * a.hw * sizeof(T));
+  const bool far = exceeds_caches(a.n * a.c * a.hw * sizeof(T));
   if (a.x.pixel == 1) {
     const bool small = for_small_planes<T>(
         context, a.n, a.c, a.hw,
@@ -325,7 +325,7 @@ void forward(const Context& context, const SimamArgs& a) {
 template <class T>
 void backward(const Context& context, const SimamBackwardArgs& a) {
   using A = Acc<T>;
-  const bool far = exceeds_caches(context, a.n * a.c * a.hw * sizeof(T));
+  const bool far = exceeds_caches(a.n * a.c * a.hw * sizeof(T));
   if (a.x.pixel == 1) {
     const bool small =
         for_small_planes<T>(context, a.n, a.c, a.hw, [=]<class Small>(auto of, std::type_identity<Small>) {

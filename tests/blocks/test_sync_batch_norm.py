@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import copy
+from collections.abc import Callable
+from functools import partial
 
 import pytest
 import timm
@@ -12,10 +14,24 @@ from torch import distributed, nn
 import convblocks
 from convblocks.models import create
 
+BLOCKS: dict[str, Callable[[], nn.Module]] = {
+    "DepthwiseSeparableConv": lambda: convblocks.DepthwiseSeparableConv(3, 8),
+    "ASPP": lambda: convblocks.ASPP(3, (2,), 8, separable=True),
+    "ParNetBlock": lambda: nn.Sequential(nn.Conv2d(3, 8, 1), convblocks.ParNetBlock(8)),
+    **{
+        name: partial(create, name, num_classes=5)
+        for name in (
+            *("resnet18", "vgg11_bn", "densenet121", "mobilenet_v1", "mobilenet_v2", "mobilenet_v3_small", "ghostnet"),
+            *("cbam_resnet18", "inception_resnet_v1", "inception_v3", "shufflenet_v1", "shufflenet_v2_x0_5"),
+            *("fasternet_t0", "xception", "darknet53", "parnet_s", "res2net50_26w_4s", "unet", "efficientnet_v2_s"),
+        )
+    },
+}
 
-@pytest.mark.parametrize("name", ["resnet18", "vgg11_bn", "densenet121", "mobilenet_v2", "ghostnet", "cbam_resnet18"])
+
+@pytest.mark.parametrize("name", BLOCKS)
 def test_same_numbers_keys_and_parameters(name: str) -> None:
-    model = create(name, num_classes=5)
+    model = BLOCKS[name]()
     converted = copy.deepcopy(model)
     parameters = list(converted.parameters())
     assert convblocks.convert_sync_batchnorm(converted) is converted
@@ -24,7 +40,8 @@ def test_same_numbers_keys_and_parameters(name: str) -> None:
     norms = [m for m in converted.modules() if isinstance(m, nn.modules.batchnorm._BatchNorm)]
     assert norms
     assert all(isinstance(m, nn.SyncBatchNorm) for m in norms)
-    x = torch.randn(2, 3, 64, 64)
+    size = max(64, getattr(model, "least_size", 0))
+    x = torch.randn(2, 3, size, size)
     for mode in (True, False):
         torch.manual_seed(0)
         expected = model.train(mode)(x)
@@ -52,9 +69,10 @@ def test_statistics_are_shared_in_training_only() -> None:
 
 
 def test_of_other_dimensions_and_twice() -> None:
+    group = object()
     model = nn.ModuleDict({"a": nn.BatchNorm1d(4), "b": nn.BatchNorm3d(4), "c": convblocks.BatchNormAct2d(4, "relu")})
-    convblocks.convert_sync_batchnorm(convblocks.convert_sync_batchnorm(model))
-    assert (type(model["a"]), type(model["b"])) == (nn.SyncBatchNorm, nn.SyncBatchNorm)
+    convblocks.convert_sync_batchnorm(convblocks.convert_sync_batchnorm(model), group)  # type: ignore[arg-type]
+    assert all(isinstance(m, nn.SyncBatchNorm) and m.process_group is group for m in model.values())
     assert (model["c"](torch.randn(2, 4, 3, 3)) >= 0).all()
     assert "activation=relu" in repr(model["c"])
 

@@ -32,7 +32,7 @@ def test_composed(
     backend: str,
     device: str,
 ) -> None:
-    """Output and all gradients in several sizes."""
+    """Output and all gradients."""
     for size in info.sizes[1:2] if SLOW else info.sizes[:4]:
         sample = info.sample(size, options, dtype=dtype, parameter_dtype=parameter_dtype, layout=layout, device=device)
         sample = with_grad(sample)
