@@ -135,7 +135,7 @@ def test_symbolic_trace_and_vmap() -> None:
         torch.fx.symbolic_trace(model)  # as for training
         with torch.no_grad():
             expected = model(x)
-            torch.testing.assert_close(torch.fx.symbolic_trace(model)(x), expected, rtol=1e-4, atol=1e-5)
+            torch.testing.assert_close(torch.fx.symbolic_trace(model)(x), expected, rtol=1e-3, atol=1e-4)
             got = torch.func.vmap(model)(x[None])[0]
         torch.testing.assert_close(got, expected, rtol=1e-4, atol=1e-5)
 
