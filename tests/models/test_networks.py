@@ -137,7 +137,7 @@ def test_symbolic_trace_and_vmap() -> None:
             expected = model(x)
             torch.testing.assert_close(torch.fx.symbolic_trace(model)(x), expected, rtol=1e-3, atol=1e-4)
             got = torch.func.vmap(model)(x[None])[0]
-        torch.testing.assert_close(got, expected, rtol=1e-4, atol=1e-5)
+        torch.testing.assert_close(got, expected, rtol=1e-3, atol=1e-4)
 
 
 @pytest.mark.parametrize("name", FIRST)
