@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 from collections.abc import Callable
 from functools import partial
+from typing import Any
 
 import pytest
 import timm
@@ -69,9 +70,9 @@ def test_statistics_are_shared_in_training_only() -> None:
 
 
 def test_of_other_dimensions_and_twice() -> None:
-    group = object()
+    group: Any = object()
     model = nn.ModuleDict({"a": nn.BatchNorm1d(4), "b": nn.BatchNorm3d(4), "c": convblocks.BatchNormAct2d(4, "relu")})
-    convblocks.convert_sync_batchnorm(convblocks.convert_sync_batchnorm(model), group)  # type: ignore[arg-type]
+    convblocks.convert_sync_batchnorm(convblocks.convert_sync_batchnorm(model), group)
     assert all(isinstance(m, nn.SyncBatchNorm) and m.process_group is group for m in model.values())
     assert (model["c"](torch.randn(2, 4, 3, 3)) >= 0).all()
     assert "activation=relu" in repr(model["c"])
