@@ -10,6 +10,7 @@ from convblocks.blocks.attention import Attention, attention_layer
 from convblocks.blocks.batch_norm_act import BatchNormAct2d
 from convblocks.blocks.drop_path import check_drop_path, drop_path
 from convblocks.blocks.fused import Layers, run_layers
+from convblocks.blocks.layers import is_plain
 from convblocks.blocks.partial_conv import PartialConv
 
 _ACTIVATIONS = {"relu": nn.ReLU, "gelu": nn.GELU, "silu": nn.SiLU, "hardswish": nn.Hardswish, "relu6": nn.ReLU6}
@@ -92,7 +93,8 @@ class FasterNetBlock(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         y: Tensor = self.spatial_mixing(x)
-        if self.se is None and self.layer_scale is None and (self.drop_path == 0 or not self.training):
+        added_only = self.se is None and self.layer_scale is None and (self.drop_path == 0 or not self.training)
+        if added_only and is_plain(self.mlp, Layers):
             added: Tensor = run_layers(self.mlp, y, x)
             return added
         y = self.mlp(y)

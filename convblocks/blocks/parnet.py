@@ -13,7 +13,7 @@ from convblocks.blocks.batch_norm_act import BatchNormAct2d, scale_shift
 from convblocks.blocks.branch import Branch
 from convblocks.blocks.conv_norm_act import ConvNormAct
 from convblocks.blocks.convert import Layout, rename
-from convblocks.blocks.layers import fusible
+from convblocks.blocks.layers import fusible, is_plain
 from convblocks.ops.apply_gates import operator as apply_gates
 from convblocks.ops.channel_shuffle import channel_shuffle
 from convblocks.ops.concat_shuffle import concat_shuffle
@@ -35,7 +35,7 @@ class _Squeeze(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         conv = self.cvsig[0]
-        if conv.groups == 1 and fusible(x, nn.Conv2d, conv):
+        if conv.groups == 1 and is_plain(self.cvsig, nn.Sequential) and fusible(x, nn.Conv2d, conv):
             return squeeze_excite(x, None, None, conv.weight, conv.bias, "relu", "sigmoid", False)
         return x * self.gate(x)
 

@@ -151,8 +151,7 @@ class ShuffleNetV1Unit(nn.Module):
                 raise ValueError(f"{name}: expected groups that divide {what}, {channels}, got {g}")
         if check_drop_path(name, drop_path) > 0 and stride == 2:
             raise ValueError(f"{name}: expected drop_path of 0 with a stride of 2, got {drop_path}")
-        self.stride, self.groups, self.paper, self.drop_path = stride, g, shuffle == "paper", drop_path
-        self.channel_shuffle = ChannelShuffle(g, inverse=not self.paper)
+        self.stride, self.drop_path = stride, drop_path
         self.se = attention_layer(name, attention, made)
 
         def norm(channels: int, activation: str) -> nn.Module:
@@ -162,18 +161,16 @@ class ShuffleNetV1Unit(nn.Module):
             return nn.Conv2d(channels, to, 1, groups=groups, bias=False, device=device, dtype=dtype)
 
         depthwise = DepthwiseConv2d(mid, mid, 3, stride, 1, bias=False, device=device, dtype=dtype)
-        self.branch_main_1 = nn.Sequential(
-            pointwise(c, mid, first), norm(mid, "relu"), nn.Identity(), depthwise, norm(mid, "none")
-        )
+        shuffled = nn.Identity() if g == 1 else ChannelShuffle(g, inverse=shuffle == "megvii")
+        inside = shuffle == "paper"
+        between = shuffled if inside else nn.Identity()
+        self.channel_shuffle = nn.Identity() if inside else shuffled
+        self.branch_main_1 = Layers(pointwise(c, mid, first), norm(mid, "relu"), between, depthwise, norm(mid, "none"))
         alone = self.se is None and drop_path == 0  # the norm ends the branch, with its activation
         self.branch_main_2 = Branch(pointwise(mid, made, g), norm(made, "relu" if alone else "none"))
 
     def forward(self, x: Tensor) -> Tensor:
-        y = x
-        for i, layer in enumerate(self.branch_main_1):
-            y = layer(y)
-            if i == (2 if self.paper else 4) and self.groups > 1:
-                y = self.channel_shuffle(y)
+        y = self.channel_shuffle(self.branch_main_1(x))
         if self.se is None and self.drop_path == 0:
             y = self.branch_main_2(y, x if self.stride == 1 else None)
         else:

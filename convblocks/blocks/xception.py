@@ -10,6 +10,7 @@ from convblocks.blocks.batch_norm_act import BatchNormAct2d
 from convblocks.blocks.depthwise_conv2d import DepthwiseConv2d
 from convblocks.blocks.drop_path import check_drop_path, drop_path
 from convblocks.blocks.fused import Layers, convolve, run_layers
+from convblocks.blocks.layers import is_plain
 
 
 def xception_conv(in_channels: int, out_channels: int) -> nn.Sequential:
@@ -80,7 +81,7 @@ class XceptionBlock(nn.Module):
         self.drop_path = check_drop_path(name, drop_path)
 
     def forward(self, x: Tensor) -> Tensor:
-        if self.skip is None and self.se is None and self.drop_path == 0:
+        if self.skip is None and self.se is None and self.drop_path == 0 and is_plain(self.rep, Layers):
             fused: Tensor = run_layers(self.rep, x, x)
             return fused
         y = self.rep(x)

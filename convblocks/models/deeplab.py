@@ -8,7 +8,7 @@ from torch import Tensor, nn
 
 from convblocks.blocks.aspp import ASPP
 from convblocks.blocks.conv_norm_act import ConvNormAct
-from convblocks.models.network import SegmentationNetwork
+from convblocks.models.network import EncoderDecoder
 from convblocks.models.registry import ENTRIES, register
 
 
@@ -20,7 +20,7 @@ def _head(channels: int, inner: int, num_classes: int, drop_rate: float) -> list
     return [conv, norm, nn.Identity(), *dropout, last]
 
 
-class DeepLabV3(SegmentationNetwork):
+class DeepLabV3(EncoderDecoder):
     """DeepLabv3: a dilated ResNet, atrous spatial pyramid pooling, and classes of each pixel.
 
     Chen et al., "Rethinking Atrous Convolution for Semantic Image Segmentation", arXiv 1706.05587. The keys of the
@@ -47,6 +47,7 @@ class DeepLabV3(SegmentationNetwork):
     """
 
     head_layers = ("classifier", "aux_classifier")
+    encoder_name = "backbone"
     native = "torchvision"
 
     def __init__(
@@ -76,9 +77,6 @@ class DeepLabV3(SegmentationNetwork):
         )
         inner = channels[-2] // 4
         self.aux_classifier = nn.Sequential(*_head(channels[-2], inner, num_classes, drop_rate=0.1)) if aux else None
-
-    def trunk(self) -> list[list[Any]]:
-        return self.backbone.trunk()
 
     def decode(self, maps: list[Tensor], height: int, width: int) -> Any:
         def enlarged(y: Tensor) -> Tensor:

@@ -103,7 +103,8 @@ class Network(nn.Module, ABC):
         x = arranged(x)
         maps = []
         for stage in self.trunk():
-            x = run_layers(stage, x)
+            for layers in self._with_containers([stage]):
+                x = run_layers(layers, x)
             maps.append(x)
         return maps
 
@@ -181,6 +182,22 @@ class SegmentationNetwork(Network):
             return self.forward_maps(x)
         y = self.decode(self.maps(x), x.shape[2], x.shape[3])
         return restored(y, x) if isinstance(y, Tensor) else y
+
+
+class EncoderDecoder(SegmentationNetwork):
+    """Base of those whose trunk is a network of maps, their child ``encoder_name``."""
+
+    encoder_name: ClassVar[str]
+
+    def trunk(self) -> list[list[Any]]:
+        layers: list[list[Any]] = getattr(self, self.encoder_name).trunk()
+        return layers
+
+    def maps(self, x: Tensor) -> list[Tensor]:
+        self.check(x)
+        encoder, x = getattr(self, self.encoder_name), arranged(x)
+        maps: list[Tensor] = encoder.maps(x) if is_plain(encoder, type(encoder)) else encoder(x)
+        return maps
 
 
 def classifier(channels: int, num_classes: int, bias: bool = True) -> nn.Module:

@@ -13,7 +13,7 @@ from convblocks.blocks.attention import Attention, attention_layer, outside_atte
 from convblocks.blocks.conv_norm_act import ConvNormAct
 from convblocks.blocks.convert import Layout, StateDict, rename
 from convblocks.blocks.unet import DoubleConv, UNetDown, UNetUp
-from convblocks.models.network import SegmentationNetwork
+from convblocks.models.network import EncoderDecoder, SegmentationNetwork
 from convblocks.models.registry import ENTRIES, register
 
 
@@ -161,7 +161,7 @@ class _DecoderBlock(nn.Module):
         return result
 
 
-class EncoderUNet(SegmentationNetwork):
+class EncoderUNet(EncoderDecoder):
     """A U-Net whose contracting path is another network: segmentation_models_pytorch's Unet.
 
     Ronneberger et al., arXiv 1505.04597; with attention "scse" Roy et al., "Recalibrating Fully Convolutional Networks
@@ -188,6 +188,7 @@ class EncoderUNet(SegmentationNetwork):
     """
 
     head_layers = ("decoder", "segmentation_head")
+    encoder_name = "encoder"
     native = "convblocks"
     layouts = (Layout("segmentation_models_pytorch", (rename(r"(.*\.attention[12])\.attention\.(.+)", r"\1.\2"),)),)
 
@@ -220,9 +221,6 @@ class EncoderUNet(SegmentationNetwork):
         self.segmentation_head = nn.Sequential(
             nn.Conv2d(c, num_classes, 3, padding=1) if num_classes else nn.Identity()
         )
-
-    def trunk(self) -> list[list[Any]]:
-        return self.encoder.trunk()
 
     def decode(self, maps: list[Tensor], height: int, width: int) -> Tensor:
         y = maps[-1]

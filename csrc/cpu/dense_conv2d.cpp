@@ -22,8 +22,9 @@ constexpr int kGroup = 12;
 #endif
 
 // Of weights and of input that are used together, and of weights that are in the first cache with all else.
-constexpr int64_t kPackedBytes = 256 << 10, kPixelBytes = 128 << 10, kNearBytes = 16 << 10;
-constexpr int64_t kTerms = 256;  // sums of more are built from sums of so many, which lose less to rounding
+constexpr int64_t kPackedBytes = 256 << 10, kPixelBytes = 256 << 10, kNearBytes = 16 << 10;
+// Sums of more terms are built from sums of so many, which lose less to rounding.
+constexpr int64_t kTerms = 1024;
 
 // to[column][row] = from[row][column]; so many elements from one row to the next.
 template <class A>
@@ -107,6 +108,7 @@ class Convolution {
     zeros_.resize(length_);
     runs_of_.resize(most * runs_);
     outputs_.resize(most);
+    if (runs_ * length_ > kTerms) sums_ = std::make_unique_for_overwrite<A[]>(most * 3 * L);
     const int64_t channel = 2 * first * L, channels = std::min(a.out_c, (2 * last - 2 + width(last - 1)) * L) - channel;
     if (a.planes) exchanged_ = std::make_unique_for_overwrite<A[]>(most * vectors() * L);
     for (int64_t at = begin, stop; at < end; at = stop) {
@@ -117,17 +119,19 @@ class Convolution {
         transpose_into(row<const A>(a.residual, sample, channel, pixel), a.residual.channel, channels, stop - at,
                        exchanged_.get() + channel, row_size);
       }
-      const auto group = [&](int64_t panel, int64_t p) {
+      const auto group = [&](int64_t panel, int64_t term, int64_t p) {
         const int count = static_cast<int>(std::min<int64_t>(kGroup, stop - at - p));
-        columns(panel, packed + (panel - first) * panel_size(), p, count);
+        columns(panel, packed + (panel - first) * panel_size(), term, p, count);
       };
       if ((last - first) * panel_size() * int64_t(sizeof(A)) <= kNearBytes) {
         for (int64_t p = 0; p < stop - at; p += kGroup) {
-          for (int64_t i = first; i < last; i++) group(i, p);
+          for (int64_t i = first; i < last; i++) group(i, 0, p);
         }
       } else {
         for (int64_t i = first; i < last; i++) {
-          for (int64_t p = 0; p < stop - at; p += kGroup) group(i, p);
+          for (int64_t term = 0; term < runs_ * length_; term += kTerms) {
+            for (int64_t p = 0; p < stop - at; p += kGroup) group(i, term, p);
+          }
         }
       }
       if (a.planes) {
@@ -223,12 +227,12 @@ class Convolution {
 
   // `count` pixels of a group, of the output channels of a panel: the frequent activations, which need few registers, as
   // constants.
-  void columns(int64_t panel, const A* weights, int64_t pixel, int count) const {
+  void columns(int64_t panel, const A* weights, int64_t term, int64_t pixel, int count) const {
     const auto with = [&](auto activation) {
       switch (width(panel)) {
-        case 1: return rows<1>(panel, weights, pixel, count, activation);
-        case 2: return rows<2>(panel, weights, pixel, count, activation);
-        default: return rows<3>(panel, weights, pixel, count, activation);
+        case 1: return rows<1>(panel, weights, term, pixel, count, activation);
+        case 2: return rows<2>(panel, weights, term, pixel, count, activation);
+        default: return rows<3>(panel, weights, term, pixel, count, activation);
       }
     };
     switch (a.activation) {
@@ -240,45 +244,63 @@ class Convolution {
   }
 
   template <int V, class Kind>
-  void rows(int64_t panel, const A* weights, int64_t pixel, int count, Kind activation) const {
+  void rows(int64_t panel, const A* weights, int64_t term, int64_t pixel, int count, Kind activation) const {
     constexpr int R = kGroup / V;
     for (int r = 0; r < count; r += R) {
       if (V == 3 || count - r > R / 2)
-        tile<R, V>(2 * panel * L, weights, pixel + r, std::min(R, count - r), activation);
+        tile<R, V>(2 * panel * L, weights, term, pixel + r, std::min(R, count - r), activation);
       else
-        tile<R / 2, V>(2 * panel * L, weights, pixel + r, count - r, activation);
+        tile<R / 2, V>(2 * panel * L, weights, term, pixel + r, count - r, activation);
     }
   }
 
+  // Adds kTerms terms, from `term` on, to the sums; after the last ones, the output.
   template <int R, int V, class Kind>
-  void tile(int64_t o, const A* w, int64_t pixel, int count, Kind activation) const {
-    Vec<A> acc[R][V]{}, total[R][V]{};
-    const int64_t length = length_;
-    const A* const* runs = &runs_of_[pixel / kGroup * kGroup * runs_ + pixel % kGroup];
-    int64_t terms = 0;
-    for (int64_t i = 0; i < runs_; i++, runs += kGroup) {
+  void tile(int64_t o, const A* w, int64_t term, int64_t pixel, int count, Kind activation) const {
+    Vec<A> acc[R][V]{};
+    const int64_t length = length_, terms = runs_ * length, end = std::min(terms, term + kTerms);
+    const A* const nothing = zeros_.data();
+    const A* const* runs = &runs_of_[pixel / kGroup * kGroup * runs_ + pixel % kGroup + term / length * kGroup];
+    w += term * V * L;
+    for (int64_t j = term % length, left = end - term; left > 0; j = 0, runs += kGroup) {
       const A* from[R];
+      bool outside = true;
 #pragma GCC unroll 24
-      for (int r = 0; r < R; r++) from[r] = runs[r];
-      for (int64_t j = 0; j < length;) {
-        for (const int64_t stop = std::min(length, j + kTerms - terms % kTerms); j < stop; j++, terms++, w += V * L) {
-          Vec<A> b[V];
+      for (int r = 0; r < R; r++) from[r] = runs[r], outside = outside && from[r] == nothing;
+      const int64_t stop = std::min(length, j + left);
+      left -= stop - j;
+      if (outside) {
+        w += (stop - j) * V * L;
+        continue;
+      }
+#pragma GCC unroll 2
+      for (; j < stop; j++, w += V * L) {
+        Vec<A> b[V];
 #pragma GCC unroll 3
-          for (int v = 0; v < V; v++) b[v] = load(w + v * L);
-#pragma GCC unroll 24
-          for (int r = 0; r < R; r++) {
-            const Vec<A> value = splat<Vec<A>>(from[r][j]);
-#pragma GCC unroll 3
-            for (int v = 0; v < V; v++) acc[r][v] += value * b[v];
-          }
-        }
-        if (terms % kTerms) continue;
+        for (int v = 0; v < V; v++) b[v] = load(w + v * L);
 #pragma GCC unroll 24
         for (int r = 0; r < R; r++) {
+          const Vec<A> value = splat<Vec<A>>(from[r][j]);
 #pragma GCC unroll 3
-          for (int v = 0; v < V; v++) total[r][v] += acc[r][v], acc[r][v] = Vec<A>{};
+          for (int v = 0; v < V; v++) acc[r][v] += value * b[v];
         }
       }
+    }
+    A* const sums = sums_.get() + pixel * 3 * L;
+    if (term > 0) {
+#pragma GCC unroll 24
+      for (int r = 0; r < R; r++) {
+#pragma GCC unroll 3
+        for (int v = 0; v < V; v++) acc[r][v] += load(sums + (r * V + v) * L);
+      }
+    }
+    if (end < terms) {
+#pragma GCC unroll 24
+      for (int r = 0; r < R; r++) {
+#pragma GCC unroll 3
+        for (int v = 0; v < V; v++) store(sums + (r * V + v) * L, acc[r][v]);
+      }
+      return;
     }
     const A* const shift = a.shift ? static_cast<const A*>(a.shift) + o : nullptr;
     const Output* const outputs = &outputs_[pixel];
@@ -291,7 +313,7 @@ class Convolution {
         if (r >= count) break;
         const auto [y, residual] = outputs[r];
         const int64_t at = o + v * L;
-        Vec<A> z = (total[r][v] + acc[r][v]) + offset;
+        Vec<A> z = acc[r][v] + offset;
         if (lanes == L) {
           if (residual) z += load(residual + at);
           store(y + at, activate(z, activation));
@@ -309,6 +331,7 @@ class Convolution {
   int64_t width_;             // of the padded input
   std::vector<A> zeros_;
   std::unique_ptr<A[]> gathered_, exchanged_;  // of the input, and of the output where planes are asked for
+  std::unique_ptr<A[]> sums_;                  // of the terms so far
   int64_t gathered_size_ = 0;
   std::vector<const A*> runs_of_;
   std::vector<Output> outputs_;

@@ -38,4 +38,4 @@ def test_times_no_network_that_does_not_agree(monkeypatch: pytest.MonkeyPatch, c
 def test_an_unknown_network(monkeypatch: pytest.MonkeyPatch, capsys: Any) -> None:
     with pytest.raises(SystemExit):
         _run(monkeypatch, "resnet5")
-    assert "expected names of vgg16_bn, " in capsys.readouterr().err
+    assert "expected names of vgg16, " in capsys.readouterr().err

@@ -194,20 +194,30 @@ def test_leaky_relu_of_any_slope_is_differentiable() -> None:
         ("ghostnet", "blocks"),
         ("mobilenet_v3_small", "features"),
         ("fasternet_t0", "stages"),
+        ("fasternet_t0", "stages.1.blocks.0.mlp"),
         ("darknet53", "stages"),
         ("resnet18", "layer3"),
+        ("xception", "block5.rep"),
+        ("shufflenet_v1", "features.1.branch_main_1"),
+        ("parnet_s", "streams.0.0.block.se.cvsig"),
+        ("scse_unet", "encoder"),
+        ("scse_unet", "encoder.layer3"),
+        ("deeplabv3_resnet50", "backbone"),
+        ("deeplabv3_resnet50", "backbone.layer3"),
     ],
 )
 def test_hooks_on_containers_run(name: str, container: str) -> None:
     """Once for an image, with what goes in and comes out, which they may replace."""
     model = create(name, num_classes=3).eval()
-    x = torch.randn(1, 3, 64, 64)
+    module, x = model.get_submodule(container), torch.randn(1, 3, 64, 64)
     seen = []
     with torch.no_grad():
         expected = model(x)
-        hook = getattr(model, container).register_forward_hook(lambda m, args, y: seen.append((args[0].shape, y.shape)))
+        hook = module.register_forward_hook(lambda m, args, y: seen.append((args[0].shape, y)))
         torch.testing.assert_close(model(x), expected, rtol=1e-3, atol=1e-4)
         assert len(seen) == 1
         hook.remove()
-        getattr(model, container).register_forward_hook(lambda m, args, y: torch.full_like(y, 1e4))
+        module.register_forward_hook(
+            lambda m, args, y: torch.full_like(y, 1e4) if isinstance(y, Tensor) else [1e4 + z for z in y]
+        )
         assert not torch.allclose(model(x), expected)

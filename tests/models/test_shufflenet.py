@@ -158,7 +158,8 @@ def test_attention_in_units(stride: int) -> None:
     expected = F.channel_shuffle(torch.cat((first, v2.se(v2.branch2(second))), 1), 2)
     torch.testing.assert_close(v2(x), expected)
     v1 = convblocks.ShuffleNetV1Unit(12, 12 * stride, 3, stride, attention="eca").eval()
-    y = v1.branch_main_1[3:](F.channel_shuffle(v1.branch_main_1[:3](x), 3))
+    conv, norm, _, depthwise, last = v1.branch_main_1
+    y = last(depthwise(F.channel_shuffle(norm(conv(x)), 3)))
     y = v1.se(v1.branch_main_2(y))
     expected = (x + y).relu() if stride == 1 else torch.cat((F.avg_pool2d(x, 3, 2, 1), y.relu()), 1)
     torch.testing.assert_close(v1(x), expected)
