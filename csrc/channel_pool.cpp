@@ -3,13 +3,12 @@
 #include <ATen/ops/amax.h>
 #include <ATen/ops/cat.h>
 #include <ATen/ops/eq.h>
-#include <ATen/ops/hardsigmoid.h>
 #include <ATen/ops/mean.h>
-#include <ATen/ops/sigmoid.h>
 #include <ATen/ops/sum.h>
 
 #include "norm_factors.h"
 #include "op.h"
+#include "pixel_gates.h"
 
 namespace convblocks {
 
@@ -70,8 +69,8 @@ struct ChannelPool {
 
 CONVBLOCKS_REGISTER(ChannelPool)
 
-// What CBAM makes of the pooled planes at inference on the CPU: a convolution to one plane, a norm and a gate. Each plane
-// is convolved by itself: torch's convolutions take several times as long for so few channels.
+// What CBAM makes of the pooled planes at inference on the CPU: a convolution to one plane, a norm and a gate. torch's
+// convolutions take several times as long for so few channels.
 struct PixelGates {
   using MaybeTensor = std::optional<Tensor>;
 
@@ -79,18 +78,7 @@ struct PixelGates {
   static constexpr const char* schema =
       "(Tensor planes, Tensor weight, Tensor? bias, Tensor? mean, Tensor? var, Tensor? gamma, Tensor? beta, float eps, "
       "bool hard) -> Tensor?";
-
-  template <class A>
-  static void sum_planes(const Tensor& y, int64_t planes, int64_t hw, A shift, const Tensor& out) {
-    const A* const from = static_cast<const A*>(y.const_data_ptr());
-    A* const to = static_cast<A*>(out.data_ptr());
-    for (int64_t n = 0; n < y.size(0); n++) {
-      for (int64_t i = 0; i < hw; i++) to[n * hw + i] = from[n * planes * hw + i] + shift;
-      for (int64_t p = 1; p < planes; p++) {
-        for (int64_t i = 0; i < hw; i++) to[n * hw + i] += from[(n * planes + p) * hw + i];
-      }
-    }
-  }
+  static inline KernelSlot slot{"convblocks_pixel_gates", false};
 
   // Nothing where the tensors are not of one dtype on the CPU, or do not fit together: the modules themselves say why.
   static MaybeTensor run(const Tensor& planes, const Tensor& weight, const MaybeTensor& bias, const MaybeTensor& mean,
@@ -102,25 +90,17 @@ struct PixelGates {
     const int64_t count = planes.size(1);
     const bool square = weight.dim() == 4 && weight.size(0) == 1 && weight.size(1) == count &&
                         weight.size(2) == weight.size(3) && weight.size(2) % 2 == 1;
-    if (!floats || is_empty(planes) || !alike(weight) || !square || !fits(bias) ||
+    if (!slot.on(planes) || !floats || is_empty(planes) || !alike(weight) || !square || !fits(bias) ||
         mean.has_value() != var.has_value() || !fits(mean) || !fits(var) || !fits(gamma) || !fits(beta)) {
       return std::nullopt;
     }
-    static auto op = c10::Dispatcher::singleton()
-                         .findSchemaOrThrow("convblocks::depthwise_conv2d", "")
-                         .typed<Tensor(const Tensor&, const Tensor&, const MaybeTensor&, c10::SymIntArrayRef,
-                                       c10::SymIntArrayRef, c10::SymIntArrayRef, std::string_view)>();
-    Tensor out = at::empty({planes.size(0), 1, planes.size(2), planes.size(3)}, planes.options());
     const NormFactors norm(bias, mean, var, gamma, beta, eps);
-    const c10::SymInt pad = weight.size(2) / 2, ones[]{1, 1}, pads[]{pad, pad, pad, pad};
-    const Tensor filter = norm.scale.has_value() ? weight * *norm.scale : weight;
-    const Tensor y = op.call(planes.contiguous(), filter.transpose(0, 1), {}, ones, pads, ones, "none");
-    const auto sum = [&]<class A>(A) {
-      const A shift = norm.shift.has_value() ? *static_cast<const A*>(norm.shift->const_data_ptr()) : A(0);
-      sum_planes<A>(y, count, planes.size(2) * planes.size(3), shift, out);
-    };
-    planes.scalar_type() == at::kDouble ? sum(double{}) : sum(float{});
-    hard ? at::hardsigmoid_(out) : at::sigmoid_(out);
+    const Tensor w = weight.contiguous();
+    const Walk from(planes, memory_format(planes));
+    Tensor out = at::empty({planes.size(0), 1, planes.size(2), planes.size(3)}, planes.options());
+    Call(name, slot, planes)(PixelGatesArgs{dtype_of(planes), planes.size(0), count, planes.size(2), planes.size(3),
+                                            w.size(2), w.const_data_ptr(), data_of(norm.scale), data_of(norm.shift),
+                                            hard ? Gate::hardsigmoid : Gate::sigmoid, from.map, out.data_ptr()});
     return out;
   }
 };

@@ -84,7 +84,7 @@ static std::vector<KernelSlot*>& slots() {
   return all;
 }
 
-KernelSlot::KernelSlot(std::string s) : symbol(std::move(s)) { slots().push_back(this); }
+KernelSlot::KernelSlot(std::string s, bool e) : symbol(std::move(s)), everywhere(e) { slots().push_back(this); }
 
 static bool cpu_convolves = false;
 
@@ -94,7 +94,7 @@ static void load_kernels(std::string_view path, std::string_view device) {
   void* library = dlopen(std::string(path).c_str(), RTLD_NOW | RTLD_LOCAL);
   TORCH_CHECK(library, dlerror());
   for (const KernelSlot* slot : slots()) {
-    TORCH_CHECK(dlsym(library, slot->symbol.c_str()), path, " has no ", slot->symbol,
+    TORCH_CHECK(!slot->everywhere || dlsym(library, slot->symbol.c_str()), path, " has no ", slot->symbol,
                 ": it was built from other sources");
   }
   for (KernelSlot* slot : slots()) (device == "cpu" ? slot->cpu : slot->cuda) = dlsym(library, slot->symbol.c_str());

@@ -76,8 +76,9 @@ const Arg& in_autocast_dtype(const Arg& argument, at::DeviceType) {
 
 // A kernel function by its name in the shared objects; null on a device that has none. Filled in by _load_kernels.
 struct KernelSlot {
-  explicit KernelSlot(std::string symbol);
+  explicit KernelSlot(std::string symbol, bool everywhere = true);
   std::string symbol;
+  bool everywhere;  // in the shared objects of every device
   void* cpu = nullptr;
   void* cuda = nullptr;
   void* on(const Tensor& x) const { return x.is_cuda() ? cuda : cpu; }

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import pickle
+import struct
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -18,16 +19,20 @@ def read_state_dict(file: str | os.PathLike[str]) -> Mapping[str, Any]:
     path = Path(file)
     if path.suffix == ".safetensors":
         try:
+            from safetensors import SafetensorError
             from safetensors.torch import load_file
         except ImportError as e:
             raise ImportError(
                 f"convert_state_dict: expected safetensors, to read {path} (pip install safetensors)"
             ) from e
-        tensors: Mapping[str, Any] = load_file(path)
+        try:
+            tensors: Mapping[str, Any] = load_file(path)
+        except SafetensorError as e:
+            raise ValueError(f"convert_state_dict: expected a file of safetensors, got {path}: {e}") from e
         return tensors
     try:
         content = torch.load(path, map_location="cpu", weights_only=True)
-    except (pickle.UnpicklingError, EOFError, LookupError, ValueError, RuntimeError) as e:
+    except (pickle.UnpicklingError, EOFError, LookupError, ValueError, RuntimeError, struct.error) as e:
         raise ValueError(f"convert_state_dict: expected a file of tensors only, got {path}: {e}") from e
     if not isinstance(content, Mapping):
         raise TypeError(f"convert_state_dict: expected a state dict in {path}, got {type(content).__name__}")

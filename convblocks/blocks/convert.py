@@ -238,7 +238,8 @@ def _steps(name: str) -> tuple[Step, ...]:
 
 
 def _without_wrappers(sd: StateDict) -> StateDict:
-    """Drops the prefixes that DataParallel and torch.compile put before all keys."""
+    """Drops the prefixes that DataParallel and torch.compile put before all keys, and milesial's values of classes."""
+    sd = {k: v for k, v in sd.items() if k != "mask_values"}
     for prefix in ("module.", "_orig_mod."):
         if sd and all(k.startswith(prefix) for k in sd):
             return _without_wrappers({k.removeprefix(prefix): v for k, v in sd.items()})

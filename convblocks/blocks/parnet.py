@@ -23,21 +23,21 @@ from convblocks.ops.squeeze_excite import operator as squeeze_excite
 
 
 class _Squeeze(nn.Module):
-    """Squeeze-excite of one layer, under the names that ParNet's has."""
+    """Squeeze-excite of one layer, under the names that ParNet's has; or its gates alone."""
 
-    def __init__(self, channels: int, out: int, groups: int, bias: bool) -> None:
+    def __init__(self, channels: int, out: int, groups: int, bias: bool, gates_only: bool) -> None:
         super().__init__()
         conv = nn.Conv2d(channels, out, 1, groups=groups, bias=bias)
         self.cvsig = nn.Sequential(OrderedDict(conv=conv))
-
-    def gate(self, x: Tensor) -> Tensor:
-        return torch.sigmoid(self.cvsig(x.mean((2, 3), keepdim=True)))
+        self.gates_only = gates_only
 
     def forward(self, x: Tensor) -> Tensor:
         conv = self.cvsig[0]
-        if conv.groups == 1 and is_plain(self.cvsig, nn.Sequential) and fusible(x, nn.Conv2d, conv):
+        usual = conv.groups == 1 and is_plain(self.cvsig, nn.Sequential) and fusible(x, nn.Conv2d, conv)
+        if usual and not self.gates_only:
             return squeeze_excite(x, None, None, conv.weight, conv.bias, "relu", "sigmoid", False)
-        return x * self.gate(x)
+        gates = torch.sigmoid(self.cvsig(x.mean((2, 3), keepdim=True)))
+        return gates if self.gates_only else x * gates
 
 
 class ParNetBlock(nn.Module):
@@ -117,15 +117,15 @@ class ParNetBlock(nn.Module):
         pointwise = _branch(c, out, 1, 1, groups, not sse_bn, "none")
         pool = nn.AvgPool2d(2, ceil_mode=True, divisor_override=4)
         self.rbr_1x1: Any = pointwise if stride == 1 else nn.Sequential(pool, pointwise)
-        self.se: Any = (
-            _Squeeze(c, out, groups, not sse_bn) if attention == "se" else attention_layer(name, attention, out)
-        )
+        self.se: Any = attention_layer(name, None if attention == "se" else attention, out)
+        if attention == "se":
+            self.se = _Squeeze(c, out, groups, not sse_bn, self.gated)
 
     def forward(self, x: Tensor) -> Tensor:
         y = self._convolutions(x, self._skip(x) if self.skips else None)
         if self.gated:
             if isinstance(self.se, _Squeeze):
-                y = apply_gates(y, (2 * self.se.gate(x)).to(y.dtype), None, False)
+                y = apply_gates(y, (2 * self.se(x)).to(y.dtype), None, False)
             else:
                 y = self.se(y)
             y = ACTIVATIONS[self.activation_name](y)
@@ -144,8 +144,7 @@ class ParNetBlock(nn.Module):
             skip = None if skip is None else skip.to(y.dtype)
             act = "none" if self.gated else self.activation_name
             return scale_shift_act(y, torch.ones_like(dense.bias), dense.bias, skip, act)
-        pooled, pointwise = (x, self.rbr_1x1) if self.stride == 1 else (self.rbr_1x1[0](x), self.rbr_1x1[1])
-        both: Tensor = dense(x, pointwise(pooled, skip))
+        both: Tensor = dense(x, self.rbr_1x1(x, skip) if self.stride == 1 else self.rbr_1x1(x))
         return both
 
     def fuse(self) -> ParNetBlock:

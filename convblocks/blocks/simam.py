@@ -24,7 +24,7 @@ class SimAM(nn.Module):
     Shape: (N, C, H, W) to the same; float32, float64, float16 or bfloat16, in x's memory format.
 
     Raises:
-        ValueError: e_lambda is not positive.
+        ValueError: e_lambda is not positive; planes of one pixel.
         TypeError: an unknown keyword.
 
     Example:
@@ -50,6 +50,9 @@ class SimAM(nn.Module):
         self.e_lambda = e_lambda
 
     def forward(self, x: Tensor) -> Tensor:
+        traced = isinstance(x, torch.fx.Proxy) or isinstance(x.shape[0], Tensor)  # sizes are not known
+        if not traced and x.dim() == 4 and x.shape[2] * x.shape[3] == 1:
+            raise ValueError("SimAM: expected planes of at least 2 pixels, as one has no variance, got 1 x 1")
         return operator(x, self.e_lambda)
 
     def extra_repr(self) -> str:

@@ -80,10 +80,14 @@ class Network(nn.Module, ABC):
     def last_map(self, x: Tensor) -> Tensor:
         """The last map, laid out as it was computed."""
         self.check(x)
-        x = arranged(x)
+        x = self.arranged(x)
         for stage in self._with_containers(self.trunk()):
             x = run_layers(stage, x)
         return x
+
+    def arranged(self, x: Tensor) -> Tensor:
+        """x as inference lays it out; in training as it is, whose dropout goes by the order of memory."""
+        return x if self.training else arranged(x)
 
     def _with_containers(self, stages: list[list[Any]]) -> list[list[Any]]:
         """The stages; where someone looks on at a container of their layers, with it in the place of these."""
@@ -100,7 +104,7 @@ class Network(nn.Module, ABC):
     def maps(self, x: Tensor) -> list[Tensor]:
         """The map at the end of each stage, laid out as it was computed."""
         self.check(x)
-        x = arranged(x)
+        x = self.arranged(x)
         maps = []
         for stage in self.trunk():
             for layers in self._with_containers([stage]):
@@ -195,7 +199,7 @@ class EncoderDecoder(SegmentationNetwork):
 
     def maps(self, x: Tensor) -> list[Tensor]:
         self.check(x)
-        encoder, x = getattr(self, self.encoder_name), arranged(x)
+        encoder, x = getattr(self, self.encoder_name), self.arranged(x)
         maps: list[Tensor] = encoder.maps(x) if is_plain(encoder, type(encoder)) else encoder(x)
         return maps
 

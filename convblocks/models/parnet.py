@@ -8,7 +8,6 @@ from typing import Any
 from torch import Tensor, nn
 
 from convblocks.blocks.attention import Attention
-from convblocks.blocks.fused import arranged
 from convblocks.blocks.parnet import ParNetBlock, ParNetFusion
 from convblocks.models.network import Network, classifier
 from convblocks.models.registry import register
@@ -82,7 +81,7 @@ class ParNet(Network):
 
     def maps(self, x: Tensor) -> list[Tensor]:
         self.check(x)
-        x = arranged(x)
+        x = self.arranged(x)
         maps: list[Tensor] = []
         fused: Tensor | None = None
         for init, stream, fuse in zip(self.inits, self.streams, [*self.downsamples_2, self.combine], strict=True):

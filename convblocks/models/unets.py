@@ -11,15 +11,10 @@ from torch import Tensor, nn
 from convblocks.blocks.arguments import positive
 from convblocks.blocks.attention import Attention, attention_layer, outside_attention
 from convblocks.blocks.conv_norm_act import ConvNormAct
-from convblocks.blocks.convert import Layout, StateDict, rename
+from convblocks.blocks.convert import Layout, rename
 from convblocks.blocks.unet import DoubleConv, UNetDown, UNetUp
 from convblocks.models.network import EncoderDecoder, SegmentationNetwork
 from convblocks.models.registry import ENTRIES, register
-
-
-def _without_masks(sd: StateDict) -> StateDict:
-    """Without the grey values of the classes, which milesial's checkpoints carry."""
-    return {k: v for k, v in sd.items() if k != "mask_values"}
 
 
 class UNet(SegmentationNetwork):
@@ -52,7 +47,7 @@ class UNet(SegmentationNetwork):
 
     head_layers = ("outc",)
     native = "official"
-    layouts = (Layout("official", (_without_masks,)),)
+    layouts = (Layout("official", ()),)
 
     def __init__(
         self,

@@ -22,7 +22,7 @@ constexpr int kGroup = 12;
 #endif
 
 // Of weights and of input that are used together, and of weights that are in the first cache with all else.
-constexpr int64_t kPackedBytes = 256 << 10, kPixelBytes = 256 << 10, kNearBytes = 16 << 10;
+constexpr int64_t kPackedBytes = 384 << 10, kPixelBytes = 128 << 10, kNearBytes = 16 << 10;
 // Sums of more terms are built from sums of so many, which lose less to rounding.
 constexpr int64_t kTerms = 1024;
 
@@ -73,7 +73,8 @@ class Convolution {
   int64_t panel_size() const { return runs_ * length_ * 2 * L; }  // but for the last
 
   // Panels [first, last) of the weights, each (runs, length, vectors, L).
-  void pack(int64_t first, int64_t last, A* to) const {
+  void pack(int64_t first, int64_t last, A* to) {
+    Vec<A> zeros{};
     const int64_t taps = a.kernel_h * a.kernel_w, k = runs_ * length_;
     const bool in_place = taps == 1 || a.weight_channels_last;
     const A *const weight = static_cast<const A*>(a.weight), *const scale = static_cast<const A*>(a.scale);
@@ -93,11 +94,14 @@ class Convolution {
         }
         transpose<A>(v);
         for (int l = 0; l < rows; l++) {
-          store(panel + (in_place ? i + l : tap * a.c + channel) * stride, v[l] * factor);
+          v[l] *= factor;
+          zeros += v[l] * 0;
+          store(panel + (in_place ? i + l : tap * a.c + channel) * stride, v[l]);
           if (++tap == taps) tap = 0, channel++;
         }
       }
     }
+    is_finite_ = sum_lanes(zeros) == 0;
   }
 
   // Pixels [begin, end) of the output channels of panels [first, last).
@@ -264,7 +268,7 @@ class Convolution {
     w += term * V * L;
     for (int64_t j = term % length, left = end - term; left > 0; j = 0, runs += kGroup) {
       const A* from[R];
-      bool outside = true;
+      bool outside = is_finite_;  // else zeros make NaN, whichever pixels are taken together
 #pragma GCC unroll 24
       for (int r = 0; r < R; r++) from[r] = runs[r], outside = outside && from[r] == nothing;
       const int64_t stop = std::min(length, j + left);
@@ -327,6 +331,7 @@ class Convolution {
 
   const DenseConv2dArgs& a;
   bool exchanges_, gathers_;  // planes of the input with channels; input in a copy
+  bool is_finite_ = true;     // of the weights laid out last
   int64_t runs_, length_;     // of memory that a pixel of the output is made of
   int64_t width_;             // of the padded input
   std::vector<A> zeros_;

@@ -223,8 +223,12 @@ def test_files_that_hold_more_than_tensors(tmp_path: Path, capfd: pytest.Capture
     torch.save(torch.ones(3), tmp_path / "weights.pth")
     with pytest.raises(TypeError, match=r"expected a state dict in .*weights\.pth, got Tensor"):
         convert_state_dict(tmp_path / "weights.pth")
-    (tmp_path / "weights.pth").write_text("no weights")
-    with pytest.raises(ValueError, match="convert_state_dict: expected a file of tensors only"):
-        convert_state_dict(tmp_path / "weights.pth")
+    for junk in ("no weights", "junk"):
+        (tmp_path / "weights.pth").write_text(junk)
+        with pytest.raises(ValueError, match="convert_state_dict: expected a file of tensors only"):
+            convert_state_dict(tmp_path / "weights.pth")
+    (tmp_path / "model.safetensors").write_text("no weights")
+    with pytest.raises(ValueError, match="convert_state_dict: expected a file of safetensors, got"):
+        convert_state_dict(tmp_path / "model.safetensors")
     with pytest.raises(FileNotFoundError):
         convert_state_dict(tmp_path / "none.pth")

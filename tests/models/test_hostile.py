@@ -200,6 +200,8 @@ def test_leaky_relu_of_any_slope_is_differentiable() -> None:
         ("xception", "block5.rep"),
         ("shufflenet_v1", "features.1.branch_main_1"),
         ("parnet_s", "streams.0.0.block.se.cvsig"),
+        ("parnet_s", "inits.0.0.block.se"),
+        ("parnet_s", "inits.0.0.block.rbr_1x1"),
         ("scse_unet", "encoder"),
         ("scse_unet", "encoder.layer3"),
         ("deeplabv3_resnet50", "backbone"),
@@ -221,3 +223,34 @@ def test_hooks_on_containers_run(name: str, container: str) -> None:
             lambda m, args, y: torch.full_like(y, 1e4) if isinstance(y, Tensor) else [1e4 + z for z in y]
         )
         assert not torch.allclose(model(x), expected)
+
+
+@pytest.mark.parametrize("part", ["pool", "conv", "hook"])
+def test_a_transition_that_was_changed_does_not_commute(part: str) -> None:
+    block, x = convblocks.Transition(16).eval(), torch.randn(1, 16, 8, 8)
+    if part == "pool":
+        block.pool = nn.MaxPool2d(2)
+    elif part == "conv":
+        block.conv = nn.Conv2d(16, 8, 3, padding=1, bias=False)
+    else:
+        block.pool.register_forward_hook(lambda m, args, y: y * 0.5 + 1)
+    expected = block(x)
+    with torch.no_grad():
+        torch.testing.assert_close(block(x), expected)
+
+
+def test_dropout_is_the_same_without_gradients() -> None:
+    """As activation checkpointing runs a network: once without them, and once more with them."""
+    model, x = create("squeezenet1_1", num_classes=4).train(), torch.randn(2, 3, 64, 64)
+    torch.manual_seed(0)
+    expected = model(x)
+    torch.manual_seed(0)
+    with torch.no_grad():
+        torch.testing.assert_close(model(x), expected)
+
+
+def test_simam_of_one_pixel() -> None:
+    model = create("resnet18", attention="simam").eval()
+    with pytest.raises(ValueError, match="SimAM: expected planes of at least 2 pixels, as one has no variance, got 1"):
+        model(torch.randn(2, 3, 32, 32))
+    assert model(torch.randn(2, 3, 64, 33)).isfinite().all()

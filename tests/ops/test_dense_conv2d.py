@@ -52,6 +52,17 @@ def test_as_torch_in_channels_last(
         assert y.is_contiguous(memory_format=torch.channels_last)
 
 
+def test_weights_that_are_not_finite_show(backend: str, device: str) -> None:
+    """Wherever the pixels are, and whichever are taken together: taps that lie outside meet zeros."""
+    if backend == "reference":
+        pytest.skip("torch passes over these taps or not, by size and layout")
+    x = torch.rand(2, 64, 5, 5, device=device).contiguous(memory_format=torch.channels_last)
+    weight = torch.rand(64, 64, 3, 3, device=device)
+    weight[:, :, 0] = float("nan")
+    for sample in (x, x[:1], x[1:]):
+        assert dense_conv2d(sample, weight, padding=2, dilation=2).isnan().all()
+
+
 def test_a_shift_alone_is_a_bias(backend: str, device: str) -> None:
     x, weight, bias = (torch.randn(s, device=device) for s in ((2, 8, 6, 6), (4, 8, 3, 3), (4,)))
     torch.testing.assert_close(dense_conv2d(x, weight, None, bias), F.conv2d(x, weight, bias))
