@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import torch
@@ -21,10 +22,12 @@ class SimAM(nn.Module):
         e_lambda: the regulariser lambda, > 0. The published ImageNet networks were trained with 0.1; a state dict does
             not tell.
 
-    Shape: (N, C, H, W) to the same; float32, float64, float16 or bfloat16, in x's memory format.
+    Shape: (N, C, H, W) to the same; float32, float64, float16 or bfloat16, in x's memory format. A pixel that is alone
+        in its plane is scaled by sigmoid(0.5), as one that does not stand out; the operation and the authors' code give
+        NaN.
 
     Raises:
-        ValueError: e_lambda is not positive; planes of one pixel.
+        ValueError: e_lambda is not positive.
         TypeError: an unknown keyword.
 
     Example:
@@ -52,7 +55,7 @@ class SimAM(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         traced = isinstance(x, torch.fx.Proxy) or isinstance(x.shape[0], Tensor)  # sizes are not known
         if not traced and x.dim() == 4 and x.shape[2] * x.shape[3] == 1:
-            raise ValueError("SimAM: expected planes of at least 2 pixels, as one has no variance, got 1 x 1")
+            return x * math.exp(0.5) / (1 + math.exp(0.5))
         return operator(x, self.e_lambda)
 
     def extra_repr(self) -> str:

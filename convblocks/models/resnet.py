@@ -30,6 +30,10 @@ def _deep_stem(in_channels: int, widths: tuple[int, int]) -> nn.Module:
     )
 
 
+# The names of Cadene's networks, which timm's legacy ones have, too.
+_CADENE = (rename(r"layer0\.((?:conv|bn)1\..+)", r"\1"), rename(r"last_linear\.(.+)", r"fc.\1"))
+
+
 class ResNet(Network):
     """ResNet and what is built like it: wide ones, ResNeXt, Res2Net, and those with attention.
 
@@ -49,6 +53,9 @@ class ResNet(Network):
         drop_path_rate: the probability with which a sample skips the last block in training; it grows from 0 on.
         deep_stem: three 3x3 convolutions, with so many channels in the first two, instead of one of 7x7 ("-d").
         avg_down: the shortcuts average before a convolution of stride 1 ("-d").
+        ceil_pool: the pooling before the first stage is not padded, and rounds the size up. Cadene's SE-ResNet-50 to
+            152, timm's legacy ones, are ``se_resnet50(ceil_pool=True, stride_first=True, attention=...)`` with
+            ``partial(convblocks.SqueezeExcite, rd_divisor=1)``.
         dilated: for each of the stages 2 to 4, whether it is dilated instead of strided.
         zero_init_last: starts the last norm of each block at 0.
         **options: of the blocks.
@@ -71,8 +78,10 @@ class ResNet(Network):
                 rename(r"(.*)\.cbam\.(.+)", r"\1.se.\2"),
                 rename(r"(.*)\.context_block\.(.+)", r"\1.se.\2"),
                 rename(r"(.*\.conv2)\.0\.weight", r"\1.weight"),  # beside SimAM, which has no keys
+                *_CADENE,
             ),
         ),
+        Layout("timm", _CADENE),
     )
 
     def __init__(
@@ -88,6 +97,7 @@ class ResNet(Network):
         drop_path_rate: float = 0.0,
         deep_stem: tuple[int, int] | None = None,
         avg_down: bool = False,
+        ceil_pool: bool = False,
         dilated: tuple[bool, bool, bool] = (False, False, False),
         zero_init_last: bool = False,
         **options: Any,
@@ -102,7 +112,8 @@ class ResNet(Network):
         else:
             self.conv1 = _deep_stem(in_channels, deep_stem)
         self.bn1 = BatchNormAct2d(64, "relu", inplace=True)
-        self.maxpool = nn.MaxPool2d(3, 2, 1)
+        self.maxpool = nn.MaxPool2d(3, 2, ceil_mode=True) if ceil_pool else nn.MaxPool2d(3, 2, 1)
+        self.least_size = 3 if ceil_pool else 1
         channels, dilation, made, total = 64, 1, 0, sum(layers)
         for stage, count in enumerate(layers, 1):
             planes, stride, first_dilation = 32 << stage, 1 if stage == 1 else 2, dilation

@@ -24,7 +24,7 @@ constexpr int kGroup = 12;
 // Of weights and of input that are used together, and of weights that are in the first cache with all else.
 constexpr int64_t kPackedBytes = 384 << 10, kPixelBytes = 128 << 10, kNearBytes = 16 << 10;
 // Sums of more terms are built from sums of so many, which lose less to rounding.
-constexpr int64_t kTerms = 1024;
+constexpr int64_t kTerms = 512;
 
 // to[column][row] = from[row][column]; so many elements from one row to the next.
 template <class A>

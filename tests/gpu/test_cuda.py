@@ -55,6 +55,7 @@ def test_traffic(info: OpInfo, size: Size, dtype: torch.dtype, layout: str, back
     prove_traffic(info, size, dtype, layout, backward, emulator.watch)
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(SANITIZED, reason="is that process")
 def test_sanitizers() -> None:
     """The same in a process under AddressSanitizer and UndefinedBehaviorSanitizer, which end it at a fault."""

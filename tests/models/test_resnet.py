@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import partial
 from typing import Any
 
 import pytest
@@ -14,6 +15,11 @@ from convblocks.models import create
 from tests.models.common import assert_same, parameters, randomised
 
 IMAGES = (2, 3, 64, 64)
+LEGACY: dict[str, Any] = {
+    "ceil_pool": True,
+    "stride_first": True,
+    "attention": partial(convblocks.SqueezeExcite, rd_divisor=1),
+}
 
 
 @pytest.mark.parametrize(
@@ -61,10 +67,23 @@ def test_is_torchvisions(name: str) -> None:
         ("se_resnet18", "seresnet18", {}),
         ("se_resnet50", "seresnet50", {}),
         ("eca_resnet50", "ecaresnet50d", {"deep_stem": (32, 32), "avg_down": True}),
+        ("se_resnet50", "legacy_seresnet50", LEGACY),
     ],
 )
 def test_is_timms(name: str, theirs: str, options: dict[str, Any]) -> None:
-    assert_same(create(name, **options), randomised(lambda: timm.create_model(theirs)), "timm", torch.randn(*IMAGES))
+    assert_same(
+        create(name, **options),
+        randomised(lambda: timm.create_model(theirs, drop_rate=0.0)),
+        "timm",
+        torch.randn(*IMAGES),
+    )
+
+
+def test_unpadded_pooling_needs_three_pixels() -> None:
+    model = create("se_resnet50", **LEGACY).eval()
+    assert model(torch.randn(1, 3, 3, 4)).shape == (1, 1000)
+    with pytest.raises(ValueError, match="se_resnet50: expected images of at least 3 x 3 pixels, got 3 x 2"):
+        model(torch.randn(1, 3, 3, 2))
 
 
 def test_dilated_is_torchvisions() -> None:
