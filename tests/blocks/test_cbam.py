@@ -260,3 +260,29 @@ def test_another_convolution_of_the_planes(options: dict[str, Any]) -> None:
     torch.testing.assert_close(block(x), block.unfused(x))
     with torch.no_grad():
         torch.testing.assert_close(block(x), block.unfused(x))
+
+
+@pytest.mark.skipif(backends.extension_error is not None, reason="the compiled part is not built")
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("k", [1, 3, 7, 11])
+@pytest.mark.parametrize("size", [(1, 2, 1, 1), (2, 2, 3, 20), (5, 1, 7, 7), (1, 2, 37, 70), (2, 3, 150, 130)], ids=str)
+def test_gates_of_pixels(size: tuple[int, ...], k: int, dtype: torch.dtype) -> None:
+    """In bands of lines, with any number of threads; what is not finite stays in the windows that meet it."""
+    planes, weight = torch.randn(size, dtype=dtype), torch.randn(1, size[1], k, k, dtype=dtype) / k
+    planes[0, 0, size[2] // 2, size[3] // 3] = float("inf")
+    mean, var, gamma, beta, bias = (torch.rand(1, dtype=dtype) + 0.5 for _ in range(5))
+    conv = nn.functional.conv2d(planes.double(), weight.double(), bias.double(), padding=k // 2)
+    expected = nn.functional.batch_norm(conv, mean.double(), var.double(), gamma.double(), beta.double(), eps=1e-3)
+    numbers = (weight, bias, mean, var, gamma, beta, 1e-3)
+    threads = torch.get_num_threads()
+    for layout in (torch.contiguous_format, torch.channels_last):
+        results = []
+        for count in (1, threads, 3):
+            torch.set_num_threads(count)
+            laid_out = planes.contiguous(memory_format=layout)
+            results.append([torch.ops.convblocks._pixel_gates(laid_out, *numbers, hard) for hard in (False, True)])
+        torch.set_num_threads(threads)
+        for y, gate in zip(results[0], (torch.sigmoid, nn.functional.hardsigmoid), strict=True):
+            torch.testing.assert_close(y, gate(expected).to(dtype), rtol=1e-5, atol=1e-6, equal_nan=True)
+        for other in results[1:]:
+            assert all(torch.equal(a.nan_to_num(9), b.nan_to_num(9)) for a, b in zip(results[0], other, strict=True))
