@@ -54,8 +54,8 @@ def test_as_torch_in_channels_last(
 
 def test_weights_that_are_not_finite_show(backend: str, device: str) -> None:
     """Wherever the pixels are, and whichever are taken together: taps that lie outside meet zeros."""
-    if backend == "reference":
-        pytest.skip("torch passes over these taps or not, by size and layout")
+    if backend != "cpu":
+        pytest.skip("torch convolves, and passes over these taps or not, by size and layout")
     x = torch.rand(2, 64, 5, 5, device=device).contiguous(memory_format=torch.channels_last)
     weight = torch.rand(64, 64, 3, 3, device=device)
     weight[:, :, 0] = float("nan")
