@@ -7,7 +7,7 @@ CUDA, compiled by g++ with a header that stands in for CUDA:
     cuda_cpu.h           what a .cu file includes; runtime.cpp runs its threads as fibers
     memory.cpp           bounds, races by CUDA's rules, bytes moved
     emulator.py          builds csrc/cuda in the variants plain, asan and memory, and talks to the runtime
-    test_cuda.py         every operation in all three, with threads and blocks in random order
+    test_cuda.py         every operation in memory, and if slow tests are asked for in asan, in random order of threads
 Machine code:
     test_compile.py      Triton and nvcc for sm_80 to sm_120: no spilled registers, 16-byte loads and stores
 The checkers themselves:
