@@ -3,11 +3,10 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
-import torch.nn.functional as F
 from torch import Tensor
 
 from convblocks.ops import checks
-from convblocks.ops.depthwise_conv2d import MOST, Pair, pair
+from convblocks.ops.depthwise_conv2d import MOST, Pair, convolve, pair
 from convblocks.ops.gate import ACTIVATIONS
 from convblocks.ops.operator import Operator
 
@@ -89,7 +88,7 @@ def reference(
     dilation: Pair = 1,
     activation: str = "none",
 ) -> Tensor:
-    y = F.conv2d(x, weight.to(x.dtype), None, tuple(pair(stride)), tuple(pair(padding)), tuple(pair(dilation)))
+    y = convolve(x, weight, None, stride, padding, dilation)
     z = y if scale is None else y * scale[:, None, None]
     z = z if shift is None else z + shift[:, None, None]
     z = z if residual is None else z + residual

@@ -108,6 +108,24 @@ def _arguments(
     return x, weight, bias, stride, four(padding, x, weight, stride, dilation), dilation, activation
 
 
+def convolve(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    stride: Pair,
+    padding: Pair,
+    dilation: Pair,
+    groups: int = 1,
+) -> Tensor:
+    """torch's, with parameters of any dtype."""
+    dtype, stride = x.dtype, tuple(pair(stride))
+    if x.device.type == "cpu" and dtype.itemsize == 2 and x.shape[3] < stride[1]:
+        x = x.float()  # torch 2.14's gradient of a bfloat16 weight reads beyond so narrow a map, where AVX-512 has one
+    bias = None if bias is None else bias.to(x.dtype)
+    y = F.conv2d(x, weight.to(x.dtype), bias, stride, tuple(pair(padding)), tuple(pair(dilation)), groups)
+    return y.to(dtype)
+
+
 def reference(
     x: Tensor,
     weight: Tensor,
@@ -121,8 +139,7 @@ def reference(
     left, right, top, bottom = four(padding, x, weight, stride, dilation)
     if left != right or top != bottom or x.numel() == 0:  # torch pads alike on both sides, and nothing not at all
         x, left, top = F.pad(x, (left, right, top, bottom)), 0, 0
-    bias = None if bias is None else bias.to(x.dtype)
-    y = F.conv2d(x, weight.to(x.dtype), bias, tuple(stride), (top, left), tuple(dilation), x.shape[1])
+    y = convolve(x, weight, bias, stride, (top, left), dilation, x.shape[1])
     return ACTIVATIONS[activation](y)
 
 

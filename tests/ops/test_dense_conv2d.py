@@ -114,3 +114,21 @@ def test_every_width(
     y = dense_conv2d(x, weight, scale, shift, residual=residual, stride=stride, padding=padding, activation="relu")
     tolerance = {"rtol": 1e-4, "atol": 1e-4} if dtype == torch.float32 else {}
     torch.testing.assert_close(y, (plain + residual).relu(), **tolerance)
+
+
+@pytest.mark.parametrize("size", [(1, 64, 1, 1), (2, 9, 5, 1), (1, 64, 1, 2)], ids=str)
+def test_gradient_of_maps_that_the_stride_exceeds(size: tuple[int, ...], backend: str, device: str) -> None:
+    """torch's own, in bfloat16 with AVX-512, reads memory that nothing was written to."""
+    torch.manual_seed(0)
+    x = torch.randn(size, device=device, dtype=torch.bfloat16)
+    weight = torch.randn(16, size[1], 3, 3, device=device, dtype=torch.bfloat16, requires_grad=True)
+    stride = size[3] + 1
+    expected = torch.nn.grad.conv2d_weight(
+        x.double(), weight.shape, torch.ones(F.conv2d(x, weight, None, stride, 1).shape).double().to(device), stride, 1
+    )
+    for _ in range(10):
+        dirt = [torch.full((count,), float("nan"), device=device) for count in (100, 1000, 10_000, 100_000)]
+        del dirt  # what the next allocations find
+        dense_conv2d(x, weight, stride=stride, padding=1).sum().backward()
+        torch.testing.assert_close(weight.grad.double(), expected, rtol=0.02, atol=0.02)
+        weight.grad = None

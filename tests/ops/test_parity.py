@@ -135,7 +135,8 @@ def test_not_finite(
 
 
 def _torch_contradicts_itself(info: OpInfo, sample: Sample, grad: Tensor) -> bool:
-    """Its vector code and its scalar code differ in some derivatives at NaN (relu6, hardswish)."""
+    """Its vector code and its scalar code differ in some derivatives at NaN (relu6, hardswish); and its convolution in
+    bfloat16 (with AVX-512) takes more of the map into the gradient of a weight than that in float64, times zero."""
 
     def exact(format_: torch.memory_format) -> list[Tensor]:
         def place(t: Tensor) -> Tensor:
@@ -144,7 +145,11 @@ def _torch_contradicts_itself(info: OpInfo, sample: Sample, grad: Tensor) -> boo
         return run(info.reference, sample.map(place), grad.double())
 
     both = exact(torch.contiguous_format), exact(torch.channels_last)
-    return not all(torch.allclose(a, b, equal_nan=True) for a, b in zip(*both, strict=True))
+    own = run(info.reference, sample, grad) if info.by_torch else both[0]
+    return not all(
+        torch.allclose(a, b, equal_nan=True) and torch.equal(a.isfinite(), c.isfinite())
+        for a, b, c in zip(*both, own, strict=True)
+    )
 
 
 @both_layouts
