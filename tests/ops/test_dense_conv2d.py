@@ -26,6 +26,9 @@ from tests.ops.common import both_layouts
         ((1, 1100, 8, 8), 8, (3, 3), 1, 9, 9),  # for all pixels, all but one
         ((1, 16, 40, 40), 1, (1, 1), 1, 0, 1),
         ((1, 512, 5, 5), 512, (3, 3), 1, 1, 1),  # weights that the threads share out
+        ((2, 64, 14, 14), 80, (3, 3), 1, 1, 1),  # columns at the borders are taken together
+        ((1, 64, 9, 30), 144, (1, 7), 1, (0, 3), 1),
+        ((1, 64, 41, 13), 40, (3, 3), 2, 2, 2),
     ],
 )
 def test_as_torch_in_channels_last(
