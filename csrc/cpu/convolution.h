@@ -140,7 +140,7 @@ class Convolution {
         const int count = static_cast<int>(std::min<int64_t>(kGroup, stop - at - p));
         columns(panel, packed + packed_at(first, panel), term, p, count);
       };
-      if (packed_at(first, last) * int64_t(sizeof(A)) <= kNearBytes) {
+      if (terms() <= kTerms && packed_at(first, last) * int64_t(sizeof(A)) <= kNearBytes) {
         for (int64_t p = 0; p < stop - at; p += kGroup) {
           for (int64_t i = first; i < last; i++) group(i, 0, p);
         }

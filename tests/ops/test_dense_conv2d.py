@@ -21,6 +21,7 @@ from tests.ops.common import both_layouts
         ((1, 31, 8, 8), 9, (3, 3), 1, (1, 0), 1),
         ((3, 40, 7, 7), 100, (1, 1), 1, 0, 1),
         ((1, 300, 7, 7), 33, (3, 3), 1, 1, 1),  # sums that are built from sums
+        ((1, 64, 5, 5), 1, (3, 3), 1, 1, 1),  # the same, of few weights
         ((2, 24, 12, 12), 16, (3, 3), 3, 6, 6),  # taps that lie outside for every pixel of a row
         ((1, 300, 9, 13), 33, (3, 3), 1, 8, 8),  # for most pixels, in sums that are built from sums
         ((1, 1100, 8, 8), 8, (3, 3), 1, 9, 9),  # for all pixels, all but one
