@@ -30,12 +30,13 @@ void forward(const Context& context, const ApplyGatesArgs& a) {
   const bool far = exceeds_caches(a.n * a.c * a.hw * sizeof(T));
   if (a.x.pixel == 1) {
     parallel_for(context, a.n * a.c, std::max<int64_t>(1, 16384 / a.hw), [&](int64_t begin, int64_t end) {
-      for (int64_t plane = begin; plane < end; plane++) {
-        const int64_t sample = plane / a.c;
-        const T* x = row<T>(a.x, sample, plane % a.c);
+      int64_t sample = begin / a.c, c = begin % a.c;  // divisions take as long as half a short plane
+      for (int64_t plane = begin; plane < end; plane++, c++) {
+        if (c == a.c) sample++, c = 0;
+        const T* x = row<T>(a.x, sample, c);
         const A gate = gates.channel ? gates.channel[plane] : A(1), more = gates.more;
         const A* spatial = gates.spatial ? gates.spatial + sample * a.hw : nullptr;
-        write_row<T>(row<T>(a.y, sample, plane % a.c), a.hw, far, [=](int64_t i, auto lanes) CONVBLOCKS_LOOP {
+        write_row<T>(row<T>(a.y, sample, c), a.hw, far, [=](int64_t i, auto lanes) CONVBLOCKS_LOOP {
           return load(x + i, lanes) * (load_or_one(spatial, i, lanes) * gate + more);
         });
       }

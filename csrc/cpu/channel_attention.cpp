@@ -14,8 +14,8 @@ constexpr A kLowest = -std::numeric_limits<A>::infinity();
 
 // --- mean, maximum, and how many pixels have it -----------------------------------------------------------------------
 
-template <class T, bool kTies>
-void pool_plane(const T* x, int64_t hw, Acc<T>* mean, Acc<T>* max, Acc<T>* ties) {
+template <class T>
+void pool_plane(const T* x, int64_t hw, Acc<T>* mean, Acc<T>* max) {
   using A = Acc<T>;
   constexpr int L = kLanes<T>, kStep = 4;
   constexpr int64_t kBlock = 64 * kStep * L;  // sums of many terms from sums of few
@@ -48,10 +48,52 @@ void pool_plane(const T* x, int64_t hw, Acc<T>* mean, Acc<T>* max, Acc<T>* ties)
   }
   *mean = static_cast<A>(total) / A(hw);
   *max = max_lanes(max_or_nan(max_or_nan(most[0], most[1]), max_or_nan(most[2], most[3])));
-  if constexpr (kTies) {  // the lanes that are not there hold NaN, which equals nothing
-    *ties = reduce_plane<T, 1>(hw, [=, top = *max](int64_t p, auto lanes) CONVBLOCKS_LOOP {
-      return Vecs<A, 1>{load(x + p, lanes, std::numeric_limits<A>::quiet_NaN()) == top ? splat<Vec<A>>(1) : Vec<A>{}};
-    })[0];
+}
+
+// The same of G short planes: what the lanes at the end cost is shared.
+template <class T, int G>
+void pool_together(const T* x, int64_t stride, int64_t hw, Acc<T>* mean, Acc<T>* max) {
+  using A = Acc<T>;
+  Vec<A> sum[kLanes<T>]{}, most[kLanes<T>];
+  std::fill_n(most, kLanes<T>, splat<Vec<A>>(kLowest<A>));
+  for_lanes<T>(hw, [&, x, stride](int64_t p, auto lanes) CONVBLOCKS_LOOP {
+#pragma GCC unroll 8
+    for (int g = 0; g < G; g++) {
+      const T* const at = x + g * stride + p;
+      sum[g] += load(at, lanes);
+      most[g] = max_or_nan(most[g], load(at, lanes, kLowest<A>));
+    }
+  });
+  store(mean, sum_each(sum) / A(hw), G);
+  store(max, max_each(most), G);
+}
+
+template <class T>
+Acc<T> count_plane(const T* x, int64_t hw, Acc<T> max) {
+  using A = Acc<T>;  // the lanes that are not there hold NaN, which equals nothing
+  return reduce_plane<T, 1>(hw, [=](int64_t p, auto lanes) CONVBLOCKS_LOOP {
+    return Vecs<A, 1>{load(x + p, lanes, std::numeric_limits<A>::quiet_NaN()) == max ? splat<Vec<A>>(1) : Vec<A>{}};
+  })[0];
+}
+
+// How a plane is pooled depends on its size only.
+template <class T, bool kTies>
+void pool_planes(const Map& x, int64_t sample, int64_t begin, int64_t end, int64_t hw, Acc<T>* mean, Acc<T>* max,
+                 Acc<T>* ties) {
+  constexpr int G = std::max(1, kLanes<T> / 2);
+  const bool is_short = hw <= 16 * kLanes<T>;
+  for (int64_t i = begin; i < end;) {
+    const T* const plane = row<T>(x, sample, i);
+    const int count = is_short && i + G <= end ? G : 1;
+    if (!is_short)
+      pool_plane(plane, hw, mean + i, max + i);
+    else if (count == G)
+      pool_together<T, G>(plane, x.channel, hw, mean + i, max + i);
+    else
+      pool_together<T, 1>(plane, x.channel, hw, mean + i, max + i);
+    for (const int64_t stop = i + count; i < stop; i++) {
+      if constexpr (kTies) ties[i] = count_plane(row<const T>(x, sample, i), hw, max[i]);
+    }
   }
 }
 
@@ -96,11 +138,8 @@ void pool_sample(const Team& team, const Map& x, int64_t sample, int64_t c, int6
                  Acc<T>* max, Acc<T>* ties) {
   using A = Acc<T>;
   if (x.pixel == 1) {
-    team.split(c, 2 * hw, [=](int64_t begin, int64_t end) {
-      for (int64_t i = begin; i < end; i++) {
-        pool_plane<T, kTies>(row<T>(x, sample, i), hw, mean + i, max + i, kTies ? ties + i : nullptr);
-      }
-    });
+    team.split(c, 2 * hw,
+               [=](int64_t begin, int64_t end) { pool_planes<T, kTies>(x, sample, begin, end, hw, mean, max, ties); });
     return;
   }
   const int64_t chunks = pixel_chunks(hw);

@@ -200,27 +200,32 @@ inline Lane<V> sum_lanes(V v) {
   return fold_lanes(v, [](V a, V b) { return a + b; });
 }
 
-// Half of the lanes of the sums of a's pairs of lanes, kBit apart, and of b's.
-template <int kBit, class V, int... I>
-inline V sum_pairs(V a, V b, std::integer_sequence<int, I...>) {
+// Half of the lanes of what f makes of a's pairs of lanes, kBit apart, and of b's.
+template <int kBit, class V, class F, int... I>
+inline V fold_pairs(V a, V b, F f, std::integer_sequence<int, I...>) {
   constexpr int L = sizeof...(I);
-  return __builtin_shufflevector(a, b, (I & kBit ? I + L : I)...) +
-         __builtin_shufflevector(a, b, (I & kBit ? I - kBit + L : I + kBit)...);
+  return f(__builtin_shufflevector(a, b, (I & kBit ? I + L : I)...),
+           __builtin_shufflevector(a, b, (I & kBit ? I - kBit + L : I + kBit)...));
 }
 
-// Of as many vectors as one has lanes the sums of their lanes: the lane l of the result is that of v[l].
-template <int kBit = 1, class V>
-inline V sum_each(V* v) {
+// Of as many vectors as one has lanes what f makes of their lanes: the lane l of the result is that of v[l].
+template <int kBit = 1, class V, class F>
+inline V fold_each(V* v, F f) {
   constexpr int L = kBytes / sizeof(Lane<V>);
   if constexpr (kBit == L) {
     return v[0];
   } else {
 #pragma GCC unroll 16
     for (int i = 0; i < L / kBit; i += 2) {
-      v[i / 2] = sum_pairs<kBit>(v[i], v[i + 1], std::make_integer_sequence<int, L>{});
+      v[i / 2] = fold_pairs<kBit>(v[i], v[i + 1], f, std::make_integer_sequence<int, L>{});
     }
-    return sum_each<2 * kBit>(v);
+    return fold_each<2 * kBit>(v, f);
   }
+}
+
+template <class V>
+inline V sum_each(V* v) {
+  return fold_each(v, [](V a, V b) { return a + b; });
 }
 
 template <class V>
@@ -231,6 +236,11 @@ inline V max_or_nan(V a, V b) {  // a NaN on either side stays, as in torch.amax
 template <class V>
 inline Lane<V> max_lanes(V v) {
   return fold_lanes(v, [](V a, V b) { return max_or_nan(a, b); });
+}
+
+template <class V>
+inline V max_each(V* v) {
+  return fold_each(v, [](V a, V b) { return max_or_nan(a, b); });
 }
 
 // --- functions --------------------------------------------------------------------------------------------------------
