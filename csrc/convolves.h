@@ -1,10 +1,22 @@
-// Whether the kernels loaded for the device of x convolve maps of its dtype themselves: halves they would widen one by
-// one.
+// torch's convolution as the operations use it.
 #pragma once
 #include <ATen/core/Tensor.h>
 
+#include <tuple>
+
 namespace convblocks {
 
+// Whether the kernels loaded for the device of x convolve maps of its dtype themselves: halves they would widen one by
+// one.
 bool kernels_convolve(const at::Tensor& x);
+
+// The gradients of x and of the weight, of any dtype, from that of the output. On the CPU a half-precision one is taken
+// in float32 where torch's own is wrong (bfloat16, torch 2.14, AVX-512): it reads memory beyond a map that the stride
+// exceeds; and with values that are not finite, which are looked for with `real` tensors, it takes those that a tap never
+// meets times zero.
+std::tuple<at::Tensor, at::Tensor> convolution_gradients(const at::Tensor& grad, const at::Tensor& x,
+                                                         const at::Tensor& weight, c10::SymIntArrayRef stride,
+                                                         c10::SymIntArrayRef padding, c10::SymIntArrayRef dilation,
+                                                         bool real);
 
 }  // namespace convblocks

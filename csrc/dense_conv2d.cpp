@@ -106,17 +106,12 @@ struct DenseConv2d {
   // From the gradients of the convolution's output and of what follows it.
   static Gradients gradients(const std::tuple<Tensor, Tensor, Tensor, Tensor>& after, const Tensor& x,
                              const Tensor& weight, const MaybeTensor& scale, const MaybeTensor& shift, Sizes stride,
-                             Sizes padding, Sizes dilation) {
+                             Sizes padding, Sizes dilation, bool real) {
     const auto& [grad_z, grad_scale, grad_shift, grad_residual] = after;
-    // torch 2.14's gradient of a bfloat16 weight reads beyond a map that the stride exceeds, where AVX-512 has one.
-    const bool narrow = x.is_cpu() && x.element_size() == 2 && x.sym_size(3) < stride[1];
-    const auto dtype = narrow ? at::kFloat : x.scalar_type();
-    auto [grad_x, grad_weight, none] =
-        at::convolution_backward_symint(grad_z.to(dtype), x.to(dtype), weight.to(dtype), {}, stride, padding, dilation,
-                                        false, {0, 0}, 1, {true, true, false});
+    const auto [grad_x, grad_weight] = convolution_gradients(grad_z, x, weight, stride, padding, dilation, real);
     const Tensor absent = at::empty({0}, x.options());
-    return {grad_x.to(x.scalar_type()), grad_weight.to(weight.scalar_type()), scale.has_value() ? grad_scale : absent,
-            shift.has_value() ? grad_shift : absent, grad_residual};
+    return {grad_x, grad_weight, scale.has_value() ? grad_scale : absent, shift.has_value() ? grad_shift : absent,
+            grad_residual};
   }
   static Gradients backward_formula(const Tensor& grad, const Tensor& x, const Tensor& weight, const MaybeTensor& scale,
                                     const MaybeTensor& shift, const MaybeTensor& residual, Sizes stride, Sizes padding,
@@ -129,7 +124,7 @@ struct DenseConv2d {
     const Tensor z = convolved(x, weight, stride, padding, dilation);
     const Channels channels(z, scale, shift);
     return gradients(op.call(grad, z, channels.scale, channels.shift, residual, activation), x, weight, scale, shift,
-                     stride, padding, dilation);
+                     stride, padding, dilation, false);
   }
 
   static Grads empty_grads(const Tensor&, const Tensor& x, const Tensor& weight, const MaybeTensor& scale,
@@ -222,7 +217,7 @@ struct DenseConv2d {
         grad_scale.data_ptr(), grad_shift.data_ptr()});
     if (residual.has_value() && !to_other.tensor.is_same(grads[4])) grads[4].copy_(to_other.tensor);
     const auto all =
-        gradients({grad_z, grad_scale, grad_shift, grads[4]}, x, weight, scale, shift, stride, padding, dilation);
+        gradients({grad_z, grad_scale, grad_shift, grads[4]}, x, weight, scale, shift, stride, padding, dilation, true);
     grads[0].copy_(std::get<0>(all));
     grads[1].copy_(std::get<1>(all));
     if (scale.has_value()) grads[2] = grad_scale;

@@ -106,6 +106,22 @@ bool kernels_convolve(const Tensor& x) {
   return x.is_cpu() && cpu_convolves && (x.scalar_type() == at::kFloat || x.scalar_type() == at::kDouble);
 }
 
+std::tuple<Tensor, Tensor> convolution_gradients(const Tensor& grad, const Tensor& x, const Tensor& weight,
+                                                 c10::SymIntArrayRef stride, c10::SymIntArrayRef padding,
+                                                 c10::SymIntArrayRef dilation, bool real) {
+  const auto in = [&](at::ScalarType dtype) {
+    auto [grad_x, grad_weight, none] =
+        at::convolution_backward_symint(grad.to(dtype), x.to(dtype), weight.to(dtype), {}, stride, padding, dilation,
+                                        false, {0, 0}, 1, {true, true, false});
+    return std::tuple(grad_x.to(x.scalar_type()), grad_weight.to(weight.scalar_type()));
+  };
+  const bool half = x.is_cpu() && x.element_size() == 2;
+  if (half && x.sym_size(3) < stride[1]) return in(at::kFloat);
+  auto gradients = in(x.scalar_type());
+  if (half && real && !std::get<1>(gradients).isfinite().all().item<bool>()) return in(at::kFloat);
+  return gradients;
+}
+
 Call::Call(const char* op, const KernelSlot& slot, const Tensor& x) : op_(op), function_(slot.on(x)), x_(x) {
   stream = nullptr;
   if (x.is_cuda()) {

@@ -42,12 +42,9 @@ struct PartialConv2d {
                                   false, {0, 0}, 1);
   }
   // The gradients of the first channels and of the weight.
-  static Gradients convolved_backward(const Tensor& grad, const Tensor& x, const Tensor& weight) {
-    const auto padding = weight.sym_size(2) / 2;
-    auto [grad_x, grad_weight, none] =
-        at::convolution_backward_symint(first(grad, weight), first(x, weight), weight.to(x.scalar_type()), {}, {1, 1},
-                                        {padding, padding}, {1, 1}, false, {0, 0}, 1, {true, true, false});
-    return {grad_x, grad_weight.to(weight.scalar_type())};
+  static Gradients convolved_backward(const Tensor& grad, const Tensor& x, const Tensor& weight, bool real) {
+    const std::vector<c10::SymInt> one{1, 1}, padding(2, weight.sym_size(2) / 2);
+    return convolution_gradients(first(grad, weight), first(x, weight), weight, one, padding, one, real);
   }
 
   // In the layout in which torch's convolution on the CPU was measured to be faster: few channels lie together, many in
@@ -63,7 +60,7 @@ struct PartialConv2d {
     return at::cat({convolved(x, weight), rest(x, weight)}, 1);
   }
   static Gradients backward_formula(const Tensor& grad, const Tensor& x, const Tensor& weight) {
-    const auto [grad_first, grad_weight] = convolved_backward(grad, x, weight);
+    const auto [grad_first, grad_weight] = convolved_backward(grad, x, weight, false);
     return {at::cat({grad_first, rest(grad, weight)}, 1), grad_weight};
   }
 
@@ -101,7 +98,8 @@ struct PartialConv2d {
   }
   static void run_backward(const Call& kernel, Grads& grads, const Tensor& grad, const Tensor& x,
                            const Tensor& weight) {
-    const auto [grad_first, grad_weight] = convolved_backward(arranged(grad, weight), arranged(x, weight), weight);
+    const auto [grad_first, grad_weight] =
+        convolved_backward(arranged(grad, weight), arranged(x, weight), weight, true);
     grads[1].copy_(grad_weight);
     call_shuffle(kernel, grads[0], {grad_first, rest(grad, weight)}, 1, false);
   }

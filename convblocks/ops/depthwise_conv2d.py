@@ -118,12 +118,14 @@ def convolve(
     groups: int = 1,
 ) -> Tensor:
     """torch's, with parameters of any dtype."""
-    dtype, stride = x.dtype, tuple(pair(stride))
-    if x.device.type == "cpu" and dtype.itemsize == 2 and x.shape[3] < stride[1]:
-        x = x.float()  # torch 2.14's gradient of a bfloat16 weight reads beyond so narrow a map, where AVX-512 has one
+    stride, dtype = tuple(pair(stride)), x.dtype
+    # torch 2.14's gradient of a bfloat16 weight reads beyond so narrow a map, where AVX-512 has one; autocast leaves
+    # float64 as it is.
+    wide = x.device.type == "cpu" and dtype.itemsize == 2 and x.shape[3] < stride[1]
+    x = x.double() if wide else x
     bias = None if bias is None else bias.to(x.dtype)
     y = F.conv2d(x, weight.to(x.dtype), bias, stride, tuple(pair(padding)), tuple(pair(dilation)), groups)
-    return y.to(dtype)
+    return y.to(dtype) if wide else y
 
 
 def reference(

@@ -135,8 +135,7 @@ def test_not_finite(
 
 
 def _torch_contradicts_itself(info: OpInfo, sample: Sample, grad: Tensor) -> bool:
-    """Its vector code and its scalar code differ in some derivatives at NaN (relu6, hardswish); and its convolution in
-    bfloat16 (with AVX-512) takes more of the map into the gradient of a weight than that in float64, times zero."""
+    """Its vector code and its scalar code differ in some derivatives at NaN (relu6, hardswish)."""
 
     def exact(format_: torch.memory_format) -> list[Tensor]:
         def place(t: Tensor) -> Tensor:
@@ -145,11 +144,7 @@ def _torch_contradicts_itself(info: OpInfo, sample: Sample, grad: Tensor) -> boo
         return run(info.reference, sample.map(place), grad.double())
 
     both = exact(torch.contiguous_format), exact(torch.channels_last)
-    own = run(info.reference, sample, grad) if info.by_torch else both[0]
-    return not all(
-        torch.allclose(a, b, equal_nan=True) and torch.equal(a.isfinite(), c.isfinite())
-        for a, b, c in zip(*both, own, strict=True)
-    )
+    return not all(torch.allclose(a, b, equal_nan=True) for a, b in zip(*both, strict=True))
 
 
 @both_layouts
