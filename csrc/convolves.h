@@ -17,6 +17,6 @@ bool kernels_convolve(const at::Tensor& x);
 std::tuple<at::Tensor, at::Tensor> convolution_gradients(const at::Tensor& grad, const at::Tensor& x,
                                                          const at::Tensor& weight, c10::SymIntArrayRef stride,
                                                          c10::SymIntArrayRef padding, c10::SymIntArrayRef dilation,
-                                                         bool real);
+                                                         const c10::SymInt& groups, bool real);
 
 }  // namespace convblocks

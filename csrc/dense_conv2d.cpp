@@ -1,7 +1,6 @@
 #include "dense_conv2d.h"
 
 #include <ATen/ops/convolution.h>
-#include <ATen/ops/convolution_backward.h>
 #include <ATen/ops/ones.h>
 #include <ATen/ops/zeros.h>
 
@@ -108,7 +107,7 @@ struct DenseConv2d {
                              const Tensor& weight, const MaybeTensor& scale, const MaybeTensor& shift, Sizes stride,
                              Sizes padding, Sizes dilation, bool real) {
     const auto& [grad_z, grad_scale, grad_shift, grad_residual] = after;
-    const auto [grad_x, grad_weight] = convolution_gradients(grad_z, x, weight, stride, padding, dilation, real);
+    const auto [grad_x, grad_weight] = convolution_gradients(grad_z, x, weight, stride, padding, dilation, 1, real);
     const Tensor absent = at::empty({0}, x.options());
     return {grad_x, grad_weight, scale.has_value() ? grad_scale : absent, shift.has_value() ? grad_shift : absent,
             grad_residual};

@@ -3,9 +3,9 @@
 #include <ATen/OpMathType.h>
 #include <ATen/ops/constant_pad_nd.h>
 #include <ATen/ops/convolution.h>
-#include <ATen/ops/convolution_backward.h>
 #include <ATen/ops/sum.h>
 
+#include "convolves.h"
 #include "gate_formula.h"
 #include "op.h"
 
@@ -102,15 +102,13 @@ struct DepthwiseConv2d {
     const Convolution convolution(x, weight, bias, stride, padding, dilation);
     const Activation kind = activation_of(activation);
     const Tensor inner = kind == Activation::none ? grad : activate_backward(grad, convolution(), kind);
-    const std::vector<c10::SymInt> bias_size{weight.sym_size(0)};
-    auto [grad_x, grad_weight, grad_bias] = at::convolution_backward_symint(
-        inner, convolution.x, convolution.weight, bias_size, convolution.stride, convolution.padding,
-        convolution.dilation, false, {0, 0}, x.sym_size(1), {true, true, bias.has_value()});
+    auto [grad_x, grad_weight] = convolution_gradients(inner, convolution.x, weight, convolution.stride,
+                                                       convolution.padding, convolution.dilation, x.sym_size(1), false);
     if (convolution.padded) {
       grad_x = grad_x.narrow_symint(2, padding[2], x.sym_size(2)).narrow_symint(3, padding[0], x.sym_size(3));
     }
-    grad_bias = bias.has_value() ? grad_bias.to(bias->scalar_type()) : at::empty({0}, x.options());
-    return {grad_x, grad_weight.to(weight.scalar_type()), grad_bias};
+    const Tensor none = at::empty({0}, x.options());
+    return {grad_x, grad_weight, bias.has_value() ? inner.sum({0, 2, 3}).to(bias->scalar_type()) : none};
   }
 
   static DepthwiseConv2dShape shape(const Tensor& x, const Tensor& weight, const Tensor& y, Sizes stride, Sizes padding,

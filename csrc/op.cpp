@@ -6,6 +6,9 @@
 #include <ATen/FuncTorchTLS.h>
 #include <ATen/Parallel.h>
 #include <ATen/autocast_mode.h>
+#include <ATen/ops/all.h>
+#include <ATen/ops/convolution_backward.h>
+#include <ATen/ops/isfinite.h>
 #include <c10/core/impl/VirtualGuardImpl.h>
 #include <dlfcn.h>
 #include <sys/mman.h>
@@ -108,11 +111,11 @@ bool kernels_convolve(const Tensor& x) {
 
 std::tuple<Tensor, Tensor> convolution_gradients(const Tensor& grad, const Tensor& x, const Tensor& weight,
                                                  c10::SymIntArrayRef stride, c10::SymIntArrayRef padding,
-                                                 c10::SymIntArrayRef dilation, bool real) {
+                                                 c10::SymIntArrayRef dilation, const c10::SymInt& groups, bool real) {
   const auto in = [&](at::ScalarType dtype) {
     auto [grad_x, grad_weight, none] =
         at::convolution_backward_symint(grad.to(dtype), x.to(dtype), weight.to(dtype), {}, stride, padding, dilation,
-                                        false, {0, 0}, 1, {true, true, false});
+                                        false, {0, 0}, groups, {true, true, false});
     return std::tuple(grad_x.to(x.scalar_type()), grad_weight.to(weight.scalar_type()));
   };
   const bool half = x.is_cpu() && x.element_size() == 2;

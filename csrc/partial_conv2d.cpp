@@ -2,7 +2,6 @@
 
 #include <ATen/ops/cat.h>
 #include <ATen/ops/convolution.h>
-#include <ATen/ops/convolution_backward.h>
 
 #include "convolves.h"
 #include "op.h"
@@ -44,7 +43,7 @@ struct PartialConv2d {
   // The gradients of the first channels and of the weight.
   static Gradients convolved_backward(const Tensor& grad, const Tensor& x, const Tensor& weight, bool real) {
     const std::vector<c10::SymInt> one{1, 1}, padding(2, weight.sym_size(2) / 2);
-    return convolution_gradients(first(grad, weight), first(x, weight), weight, one, padding, one, real);
+    return convolution_gradients(first(grad, weight), first(x, weight), weight, one, padding, one, 1, real);
   }
 
   // In the layout in which torch's convolution on the CPU was measured to be faster: few channels lie together, many in
