@@ -223,19 +223,23 @@ void forward(const Context& context, const ChannelAttentionArgs& a) {
   });
 }
 
-// What every pixel of a plane gets, and what those with the maximum get besides: `mean` and `max` hold the gradients of
-// the pooled numbers.
+// `mean` and `max` hold the gradients of the pooled numbers, and then what every pixel of a plane gets, and what those
+// with the maximum get besides.
 template <class T>
-void write_gradient(const Team& team, const ChannelAttentionBackwardArgs& a, int64_t sample, const Acc<T>* mean,
-                    const Acc<T>* max, const Acc<T>* top, const Acc<T>* ties, bool far) {
+void write_gradient(const Team& team, const ChannelAttentionBackwardArgs& a, int64_t sample, Acc<T>* mean, Acc<T>* max,
+                    const Acc<T>* top, const Acc<T>* ties, bool far) {
   using A = Acc<T>;
   const int64_t c = a.c, hw = a.hw;
   const Map x = a.x, to = a.grad_x;
+  for_lanes<A>(c, [=](int64_t i, auto lanes) CONVBLOCKS_LOOP {
+    store(mean + i, load(mean + i, lanes) / A(hw), lanes);
+    store(max + i, load(max + i, lanes) / load(ties + i, lanes), lanes);
+  });
   if (x.pixel == 1) {
     team.split(c, 2 * hw, [=](int64_t begin, int64_t end) {
       for (int64_t i = begin; i < end; i++) {
         const T* v = row<T>(x, sample, i);
-        const A base = mean[i] / A(hw), peak = top[i], more = max[i] / ties[i];
+        const A base = mean[i], peak = top[i], more = max[i];
         write_row<T>(row<T>(to, sample, i), hw, far, [=](int64_t p, auto lanes) CONVBLOCKS_LOOP {
           return base + (load(v + p, lanes) == peak ? splat<Vec<A>>(more) : Vec<A>{});
         });
@@ -248,8 +252,8 @@ void write_gradient(const Team& team, const ChannelAttentionBackwardArgs& a, int
     for (int64_t p = begin; p < end; p++) {
       const T* v = row<T>(x, sample, 0, p);
       write_row<T>(row<T>(to, sample, 0, p), c, far, [=](int64_t i, auto lanes) CONVBLOCKS_LOOP {
-        const Vec<A> more = load(max + i, lanes) / load(ties + i, lanes);
-        return load(mean + i, lanes) / A(hw) + (load(v + i, lanes) == load(top + i, lanes) ? more : Vec<A>{});
+        const Vec<A> more = load(max + i, lanes);
+        return load(mean + i, lanes) + (load(v + i, lanes) == load(top + i, lanes) ? more : Vec<A>{});
       });
     }
     finish_stores();
@@ -265,7 +269,8 @@ void backward(const Context& context, const ChannelAttentionBackwardArgs& a) {
   A* workspace = static_cast<A*>(context.workspace(context, n * size * sizeof(A)));
   const bool far = exceeds_caches(n * c * hw * sizeof(T));
   for_each_group(
-      context, n, group_size(2 * c * hw * sizeof(T)), 2 * c * hw, [&](int64_t first, int64_t count, const Team& team) {
+      context, n, group_size(2 * c * hw * sizeof(T), 2 * c * r * sizeof(A)), 2 * c * hw,
+      [&](int64_t first, int64_t count, const Team& team) {
         const Numbers<A> own = all.at(first, c, r);
         const auto space = [=](int64_t s) { return workspace + (first + s) * size; };
         for (int64_t s = 0; s < count; s++) {
@@ -278,18 +283,24 @@ void backward(const Context& context, const ChannelAttentionBackwardArgs& a) {
           const Vec<A> logit = load(own.logits + i, lanes);
           store(own.logits + i, gate_backward(load(grad + i, lanes), logit, apply_gate(logit, gate), gate), lanes);
         });
-        for (int64_t s = 0; s < count; s++) {
-          A *hidden = own.hidden + 2 * s * r, *by_mean = space(s) + c;
-          const A* logits = own.logits + s * c;
-          sum_rows<1, A>(
-              c, r, layers.w2, [=](int64_t i, int) { return logits[i]; },
-              [=, kind = layers.activation](int, int64_t j, auto lanes, Vec<A> sum) {
-                store(hidden + j, activation_backward(sum, load(hidden + j, lanes), kind), lanes);
-                store(hidden + r + j, activation_backward(sum, load(hidden + r + j, lanes), kind), lanes);
+        by_groups(count, [&]<int G>(int64_t s, std::integral_constant<int, G>) {
+          A* const hidden = own.hidden + 2 * s * r;
+          sum_rows<G, A>(
+              c, r, layers.w2, [=, logits = own.logits + s * c](int64_t i, int g) { return logits[g * c + i]; },
+              [=, kind = layers.activation](int g, int64_t j, auto lanes, Vec<A> sum) {
+                for (A* at : {hidden + 2 * g * r + j, hidden + (2 * g + 1) * r + j})
+                  store(at, activation_backward(sum, load(at, lanes), kind), lanes);
               });
-          sum_rows<2, A>(
-              r, c, layers.w1, [=](int64_t i, int g) { return hidden[g * r + i]; },
-              [=](int g, int64_t j, auto lanes, Vec<A> sum) { store(by_mean + g * c + j, sum, lanes); });
+        });
+        by_groups(2 * count, [&]<int G>(int64_t row, std::integral_constant<int, G>) {  // for means and maxima in turn
+          sum_rows<G, A>(
+              r, c, layers.w1, [=, hidden = own.hidden + row * r](int64_t i, int g) { return hidden[g * r + i]; },
+              [=](int g, int64_t j, auto lanes, Vec<A> sum) {
+                store(space((row + g) / 2) + (1 + (row + g) % 2) * c + j, sum, lanes);
+              });
+        });
+        for (int64_t s = 0; s < count; s++) {
+          A* const by_mean = space(s) + c;
           write_gradient<T>(team, a, first + s, by_mean, by_mean + c, own.pooled + (2 * s + 1) * c, space(s), far);
         }
       });

@@ -50,18 +50,28 @@ void sum_planes(const Map& x, int64_t sample, const Acc<T>* gates, const Tile& t
 template <class T>
 void count_planes(const Map& x, int64_t sample, const Acc<T>* gates, const Tile& t, Acc<T>* max, Acc<T>* ties) {
   using A = Acc<T>;
-  for (int64_t k = 0; k < t.channels; k++) {
-    const int64_t i = t.first_channel + k;
-    const T* plane = row<T>(x, sample, i, t.first_pixel);
-    const A gate = gates ? gates[i] : A(1);
+  by_four(t.channels, [&]<int G>(int64_t first, std::integral_constant<int, G>) {
+    const int64_t i = t.first_channel + first;
+    const T* const plane = row<T>(x, sample, i, t.first_pixel);
+    std::array<A, G> gate;
+    for (int g = 0; g < G; g++) gate[g] = gates ? gates[i + g] : A(1);
     for_lanes<T>(t.pixels, [=](int64_t p, auto lanes) CONVBLOCKS_LOOP {
-      const Vec<A> v = load(plane + p, lanes) * gate;
-      const Vec<A> most = k ? load(max + p, lanes) : splat<Vec<A>>(kLowest<A>),
-                   tied = k ? load(ties + p, lanes) : Vec<A>{};
-      store(ties + p, v > most ? splat<Vec<A>>(1) : tied + count_of(v, most), lanes);
-      store(max + p, max_or_nan(most, v), lanes);
+      const Vec<A> before = first ? load(max + p, lanes) : splat<Vec<A>>(kLowest<A>);
+      std::array<Vec<A>, G> v;
+      Vec<A> most = before;
+#pragma GCC unroll 4
+      for (int g = 0; g < G; g++) {
+        v[g] = load(plane + g * x.channel + p, lanes) * gate[g];
+        most = max_or_nan(most, v[g]);
+      }
+      Vec<A> tied = first ? load(ties + p, lanes) : Vec<A>{};
+      tied = most > before ? Vec<A>{} : tied;
+#pragma GCC unroll 4
+      for (int g = 0; g < G; g++) tied += count_of(v[g], most);
+      store(ties + p, tied, lanes);
+      store(max + p, most, lanes);
     });
-  }
+  });
 }
 
 // --- pixels of channels_last ------------------------------------------------------------------------------------------
@@ -239,22 +249,26 @@ void backward(const Context& context, const ChannelPoolBackwardArgs& a) {
       if (planes) {
         const A *most = pixels.max + t.first_pixel, *base = pixels.base + t.first_pixel,
                 *top = pixels.top + t.first_pixel;
-        for (int64_t k = 0; k < t.channels; k++) {
+        return by_four(t.channels, [&]<int G>(int64_t k, std::integral_constant<int, G>) {
           const int64_t i = t.first_channel + k;
-          const A gate = gates ? gates[i] : A(1);
-          const T* x = row<T>(a.x, sample, i, t.first_pixel);
-          T* to = row<T>(a.grad_x, sample, i, t.first_pixel);
-          Vec<A> sum{};
-          for_lanes<T>(t.pixels, [&](int64_t p, auto lanes) CONVBLOCKS_LOOP {
-            const Vec<A> v = load(x + p, lanes);
-            const Vec<A> d =
-                load(base + p, lanes) + (v * gate == load(most + p, lanes) ? load(top + p, lanes) : Vec<A>{});
-            store(to + p, d * gate, lanes);
-            sum += d * v;
+          const T* const x = row<T>(a.x, sample, i, t.first_pixel);
+          T* const to = row<T>(a.grad_x, sample, i, t.first_pixel);
+          std::array<A, G> gate;
+          for (int g = 0; g < G; g++) gate[g] = gates ? gates[i + g] : A(1);
+          Vec<A> sum[G]{};
+          for_lanes<T>(t.pixels, [&, x, to, most, base, top, gate, from = a.x.channel, stride = a.grad_x.channel](
+                                     int64_t p, auto lanes) CONVBLOCKS_LOOP {
+            const Vec<A> peak = load(most + p, lanes), all = load(base + p, lanes), more = load(top + p, lanes);
+#pragma GCC unroll 4
+            for (int g = 0; g < G; g++) {
+              const Vec<A> v = load(x + g * from + p, lanes);
+              const Vec<A> d = all + (v * gate[g] == peak ? more : Vec<A>{});
+              store(to + g * stride + p, d * gate[g], lanes);
+              sum[g] += d * v;
+            }
           });
-          sums[k] = sum_lanes(sum);
-        }
-        return;
+          for (int g = 0; g < G; g++) sums[k + g] = sum_lanes(sum[g]);
+        });
       }
       std::fill_n(sums, c, A(0));
       each_pixels<T>(a.x, sample, gates, t, [=, &a](int64_t first, const Pixels<T>& some) {

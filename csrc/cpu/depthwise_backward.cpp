@@ -1,5 +1,6 @@
 // The gradients of the depthwise convolution on the CPU, in one pass.
 #include "depthwise.h"
+#include "depthwise_planes_backward.h"
 #include "dispatch.h"
 
 namespace convblocks::cpu {
@@ -181,7 +182,28 @@ struct Backward : Depthwise<T> {
     });
   }
 
+  // With pixels in the lanes, if that serves: not where the gradient is infinite, which meets the zeros of masked lanes.
+  bool run_on_planes(const DepthwiseConv2dBackwardArgs& a) const {
+#if defined(__AVX2__)
+    if constexpr (std::is_same_v<T, float>) {
+      if (activation != Activation::none || !few_planes_fit(shape, weight, a.grad, a.x, a.grad_x)) return false;
+      const int64_t cut = std::clamp<int64_t>(shape.out_h * shape.out_w / kPlanePiece, 1, shape.out_h);
+      A* sums = static_cast<A*>(context.workspace(context, shape.n * cut * block * sizeof(A)));
+      correlate_planes(context, shape, a.grad, a.x, cut, sums);
+      for (int64_t piece = 0; piece < shape.n * cut; piece++) {
+        const Vec<A> totals = load(sums + piece * block + taps * L);
+        if (!std::isfinite(sum_lanes(totals * 0))) return false;
+      }
+      convolve_reversed(context, shape, weight, a.grad, a.grad_x);
+      finish(shape.n * cut, 1, false, sums, static_cast<A*>(a.grad_weight), static_cast<A*>(a.grad_bias));
+      return true;
+    }
+#endif
+    return false;
+  }
+
   void run(const DepthwiseConv2dBackwardArgs& a) const {
+    if (run_on_planes(a)) return;
     const bool overlap = activation == Activation::none && in_place({a.grad, a.x, a.grad_x});
     const int64_t cut = overlap ? std::clamp<int64_t>(shape.out_h * shape.out_w / kChunk, 1, shape.out_h)
                                 : bands(std::max(shape.h, shape.out_h), L * 2 * (shape.w + shape.out_w));
