@@ -183,7 +183,7 @@ struct Backward : Depthwise<T> {
   }
 
   // With pixels in the lanes, if that serves: not where the gradient is infinite, which meets the zeros of masked lanes.
-  bool run_on_planes(const DepthwiseConv2dBackwardArgs& a) const {
+  bool run_on_planes([[maybe_unused]] const DepthwiseConv2dBackwardArgs& a) const {
 #if defined(__AVX2__)
     if constexpr (std::is_same_v<T, float>) {
       if (activation != Activation::none || !few_planes_fit(shape, weight, a.grad, a.x, a.grad_x)) return false;

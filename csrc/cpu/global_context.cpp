@@ -129,6 +129,12 @@ A bias_of(const Context& context, const ContextWeights& w) {
   return bias ? 0 * *bias : A(0);
 }
 
+// How many samples share a read of the weights. Doubles would be rounded otherwise in groups than singly.
+template <class T>
+int64_t context_group(int64_t elements, int64_t weights) {
+  return sizeof(T) == 8 ? 1 : group_size(elements * sizeof(T), weights * sizeof(Acc<T>));
+}
+
 template <class T>
 void forward(const Context& context, const GlobalContextArgs& a) {
   using A = Acc<T>;
@@ -141,7 +147,7 @@ void forward(const Context& context, const GlobalContextArgs& a) {
   A *const shifts = scales + n * c, *const contexts = shifts + n * c;
   const bool far = exceeds_caches(n * c * a.hw * sizeof(T));
   for_each_group(
-      context, n, 1, c * a.hw,  // groups of samples would be added up otherwise than single ones
+      context, n, context_group<T>(c * a.hw, 2 * c * (scale.r + add.r)), c * a.hw,
       [&](int64_t first, int64_t count, const Team& team) __attribute__((noinline)) {
         A *const gates = scales + first * c, *const added = shifts + first * c, *const pooled = contexts + first * c;
         for (int64_t i = 0; i < count; i++) {
@@ -178,47 +184,49 @@ void backward(const Context& context, const GlobalContextBackwardArgs& a) {
   A* const scales = static_cast<A*>(context.workspace(context, (3 * n * c + n * shares) * sizeof(A)));
   A *const grad_contexts = scales + n * c, *const contexts = grad_contexts + n * c, *const attention = contexts + n * c;
   const bool far = exceeds_caches(n * c * hw * sizeof(T));
-  for_each_group(
-      context, n, 1, 2 * c * hw, [&](int64_t first, int64_t count, const Team& team) __attribute__((noinline)) {
-        A *const gates = scales + first * c, *const by_context = grad_contexts + first * c,
-                 *const pooled = contexts + first * c;
-        for (int64_t i = 0; i < count; i++) {
-          pool.run(first + i, team);
-          std::copy_n(pool.sample(first + i).sums, c, pooled + i * c);
-        }
-        std::fill_n(by_context, count * c, A(0));
-        if (scale.r) {
-          A* const logits = scale.grad_out + first * c;
-          scale.forward(first, count, pooled, logits, c, c);
-          for (int64_t i = 0; i < count; i++) {
-            const A* const products = pool.sample(first + i).sums + c;
-            for_lanes<A>(c, [=, gate = w.gate](int64_t j, auto lanes) CONVBLOCKS_LOOP {
-              const Vec<A> logit = load(logits + i * c + j, lanes), gated = apply_gate(logit, gate);
-              store(gates + i * c + j, gated, lanes);
-              store(logits + i * c + j, gate_backward(load(products + j, lanes), logit, gated, gate), lanes);
-            });
-          }
-          scale.backward(first, count, by_context, c);
-        } else {
-          std::fill_n(gates, count * c, A(1));
-        }
-        if (add.r) {
-          A* const grad_out = add.grad_out + first * c;
-          add.forward(first, count, pooled, grad_out, c, c);
-          for (int64_t i = 0; i < count; i++) std::copy_n(pool.sample(first + i).sums + 2 * c, c, grad_out + i * c);
-          add.backward(first, count, by_context, c);
-        }
-        for (int64_t i = 0; i < count; i++) {
-          A* const gc = by_context + i * c;
-          if (pool.weight_) {
-            context_gradient<T>(team, pool, a.grad_x, first + i, far, gates + i * c, gc,
-                                attention + (first + i) * shares);
-          } else {
-            for_lanes<A>(c, [=](int64_t j, auto lanes) { store(gc + j, load(gc + j, lanes) / A(hw), lanes); });
-            scale_and_shift<T>(team, a.grad, a.grad_x, first + i, c, hw, far, gates + i * c, gc);
-          }
-        }
-      });
+  for_each_group(context, n, context_group<T>(2 * c * hw, 2 * c * (scale.r + add.r)), 2 * c * hw,
+                 [&](int64_t first, int64_t count, const Team& team) __attribute__((noinline)) {
+                   A *const gates = scales + first * c, *const by_context = grad_contexts + first * c,
+                            *const pooled = contexts + first * c;
+                   for (int64_t i = 0; i < count; i++) {
+                     pool.run(first + i, team);
+                     std::copy_n(pool.sample(first + i).sums, c, pooled + i * c);
+                   }
+                   std::fill_n(by_context, count * c, A(0));
+                   if (scale.r) {
+                     A* const logits = scale.grad_out + first * c;
+                     scale.forward(first, count, pooled, logits, c, c);
+                     for (int64_t i = 0; i < count; i++) {
+                       const A* const products = pool.sample(first + i).sums + c;
+                       for_lanes<A>(c, [=, gate = w.gate](int64_t j, auto lanes) CONVBLOCKS_LOOP {
+                         const Vec<A> logit = load(logits + i * c + j, lanes), gated = apply_gate(logit, gate);
+                         store(gates + i * c + j, gated, lanes);
+                         store(logits + i * c + j, gate_backward(load(products + j, lanes), logit, gated, gate), lanes);
+                       });
+                     }
+                     scale.backward(first, count, by_context, c);
+                   } else {
+                     std::fill_n(gates, count * c, A(1));
+                   }
+                   if (add.r) {
+                     A* const grad_out = add.grad_out + first * c;
+                     add.forward(first, count, pooled, grad_out, c, c);
+                     for (int64_t i = 0; i < count; i++)
+                       std::copy_n(pool.sample(first + i).sums + 2 * c, c, grad_out + i * c);
+                     add.backward(first, count, by_context, c);
+                   }
+                   for (int64_t i = 0; i < count; i++) {
+                     A* const gc = by_context + i * c;
+                     if (pool.weight_) {
+                       context_gradient<T>(team, pool, a.grad_x, first + i, far, gates + i * c, gc,
+                                           attention + (first + i) * shares);
+                     } else {
+                       for_lanes<A>(c,
+                                    [=](int64_t j, auto lanes) { store(gc + j, load(gc + j, lanes) / A(hw), lanes); });
+                       scale_and_shift<T>(team, a.grad, a.grad_x, first + i, c, hw, far, gates + i * c, gc);
+                     }
+                   }
+                 });
   if (scale.r) scale.gradients(context, n, contexts, a.grads.transforms[kScale], w.dtype);
   if (add.r) add.gradients(context, n, contexts, a.grads.transforms[kAdd], w.dtype);
   if (!pool.weight_) return;
