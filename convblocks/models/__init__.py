@@ -47,11 +47,13 @@ def create(name: str, **options: Any) -> Network:
 
     Raises:
         ValueError: an unknown name, options out of range.
-        TypeError: an option that the network does not have.
+        TypeError: a name that is no string, an option that the network does not have.
 
     Example:
         >>> model = convblocks.models.create("resnet18", num_classes=10, attention="simam")
     """
+    if not isinstance(name, str):
+        raise TypeError(f"create: expected the name of a network, got {name!r}")
     if name not in ENTRIES:
         raise ValueError(f"create: {unknown(name)}")
     return ENTRIES[name](**options)

@@ -5,9 +5,12 @@ from __future__ import annotations
 import difflib
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from numbers import Real
 from typing import Any
 
 from convblocks.models.network import Network
+
+_RATES = {"drop_rate", "drop_path_rate", "layer_drop_rate"}
 
 
 @dataclass(frozen=True)
@@ -27,6 +30,10 @@ class Entry:
     image_size: int
 
     def __call__(self, *, features_only: bool = False, **options: Any) -> Network:
+        for rate in _RATES & options.keys():
+            value = options[rate]
+            if not isinstance(value, Real) or not 0 <= value < 1:
+                raise ValueError(f"{self.name}: expected {rate} to be a number from 0 to below 1, got {value!r}")
         network = self.cls(**{"num_classes": 1000, "in_channels": 3, **self.options, **options})
         network.name = self.name
         return network.without_head() if features_only else network

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import pickle
+import re
 import sys
 from typing import Any
 
@@ -92,9 +93,19 @@ def test_names() -> None:
         assert f"convblocks.models.{name}" not in sys.modules
     with pytest.raises(ValueError, match=r"create: expected the name of a network, got 'resnet5': is it resnet50"):
         create("resnet5")
+    with pytest.raises(TypeError, match="create: expected the name of a network, got None"):
+        create(None)  # type: ignore[arg-type]
     with pytest.raises(AttributeError, match="expected the name of a network, got 'resnet5': is it resnet50"):
         _ = convblocks.models.resnet5
     assert pickle.loads(pickle.dumps(convblocks.models.resnet18)) is convblocks.models.resnet18
+
+
+@pytest.mark.parametrize("rate", [-0.1, 1, float("nan"), "half", None])
+@pytest.mark.parametrize("option", ["drop_rate", "drop_path_rate"])
+def test_rates_are_below_one(option: str, rate: Any) -> None:
+    words = f"darknet53: expected {option} to be a number from 0 to below 1, got {rate!r}"
+    with pytest.raises(ValueError, match=re.escape(words)):
+        create("darknet53", **{option: rate})
 
 
 def test_attention_is_a_name_or_makes_a_module() -> None:
