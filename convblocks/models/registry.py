@@ -5,12 +5,13 @@ from __future__ import annotations
 import difflib
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from inspect import signature
 from numbers import Real
 from typing import Any
 
 from convblocks.models.network import Network
 
-_RATES = {"drop_rate", "drop_path_rate", "layer_drop_rate"}
+_RATES = {"drop_rate", "drop_path_rate", "layer_drop_rate", "dropout"}
 
 
 @dataclass(frozen=True)
@@ -30,7 +31,7 @@ class Entry:
     image_size: int
 
     def __call__(self, *, features_only: bool = False, **options: Any) -> Network:
-        for rate in _RATES & options.keys():
+        for rate in _RATES & options.keys() & signature(self.cls).parameters.keys():
             value = options[rate]
             if not isinstance(value, Real) or not 0 <= value < 1:
                 raise ValueError(f"{self.name}: expected {rate} to be a number from 0 to below 1, got {value!r}")

@@ -210,7 +210,7 @@ void forward(const Context& context, const ChannelAttentionArgs& a) {
   const int64_t c = a.c, hw = a.hw, size = pool_size(a.x.pixel == 1, c, hw);
   const Numbers<A> all(context, a.n, c, layers.r);
   A* workspace = static_cast<A*>(context.workspace(context, std::max<int64_t>(1, a.n * size) * sizeof(A)));
-  for_each_group(context, a.n, 8, c * hw, [&](int64_t first, int64_t count, const Team& team) {
+  for_each_group(context, a.n, kMostInGroup<T>, c * hw, [&](int64_t first, int64_t count, const Team& team) {
     const Numbers<A> own = all.at(first, c, layers.r);
     for (int64_t s = 0; s < count; s++) {
       A* mean = own.pooled + 2 * s * c;
@@ -269,7 +269,7 @@ void backward(const Context& context, const ChannelAttentionBackwardArgs& a) {
   A* workspace = static_cast<A*>(context.workspace(context, n * size * sizeof(A)));
   const bool far = exceeds_caches(n * c * hw * sizeof(T));
   for_each_group(
-      context, n, group_size(2 * c * hw * sizeof(T), 2 * c * r * sizeof(A)), 2 * c * hw,
+      context, n, group_size<T>(2 * c * hw, 2 * c * r), 2 * c * hw,
       [&](int64_t first, int64_t count, const Team& team) {
         const Numbers<A> own = all.at(first, c, r);
         const auto space = [=](int64_t s) { return workspace + (first + s) * size; };

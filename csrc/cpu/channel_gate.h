@@ -81,9 +81,14 @@ void finish_squeeze(A* pooled, const A* max, int64_t c, int64_t hw) {
 }
 
 // How many samples are squeezed before the first of them is scaled: those that the cache holds. They share the loads of
-// the gate's weights; more of them do where the weights have about as many bytes as a sample.
-inline int64_t group_size(int64_t bytes, int64_t weights = 0) {
-  return std::clamp<int64_t>(std::max<int64_t>(1 << 20, 8 * weights) / std::max<int64_t>(bytes, 1), 1, 8);
+// the gate's weights; more of them do where there are about as many weights as elements. How they are grouped depends on
+// the threads, so doubles, which are rounded otherwise in groups than singly, are not.
+template <class T>
+inline constexpr int64_t kMostInGroup = sizeof(T) == 8 ? 1 : 8;
+template <class T>
+int64_t group_size(int64_t elements, int64_t weights = 0) {
+  const int64_t bytes = std::max<int64_t>(1, elements * sizeof(T));
+  return std::clamp<int64_t>(std::max<int64_t>(1 << 20, 8 * weights * sizeof(Acc<T>)) / bytes, 1, kMostInGroup<T>);
 }
 
 // gate(sample, count, pooled, gates, stride) computes the c gates of `count` samples, whose vectors lie `stride` apart.
@@ -124,13 +129,12 @@ void channel_gate(const Context& context, int64_t n, int64_t c, int64_t hw, cons
       });
     }
   };
-  for_each_group(context, n, group_size(c * hw * sizeof(T)), c * hw,
-                 [&](int64_t first, int64_t count, const Team& team) {
-                   for (int64_t i = first; i < first + count; i++) squeeze(i, team);
-                   A* pooled = workspace + first * size;
-                   gate(first, count, pooled, pooled + c, size);
-                   for (int64_t i = first; i < first + count; i++) scale(i, team);
-                 });
+  for_each_group(context, n, group_size<T>(c * hw), c * hw, [&](int64_t first, int64_t count, const Team& team) {
+    for (int64_t i = first; i < first + count; i++) squeeze(i, team);
+    A* pooled = workspace + first * size;
+    gate(first, count, pooled, pooled + c, size);
+    for (int64_t i = first; i < first + count; i++) scale(i, team);
+  });
 }
 
 // gate_backward(sample, count, pooled, grad_gates, gates, grad_pooled, stride) computes the gates again, and from their
@@ -187,7 +191,7 @@ void channel_gate_backward(const Context& context, int64_t n, int64_t c, int64_t
     };
     add_maxpool ? apply(std::true_type{}) : apply(std::false_type{});
   };
-  const int64_t group = group_size(2 * c * hw * sizeof(T));
+  const int64_t group = group_size<T>(2 * c * hw);
   for_each_group(context, n, group, 2 * c * hw, [&](int64_t first, int64_t count, const Team& team) {
     for (int64_t i = first; i < first + count; i++) squeeze(i, team);
     A* pooled = workspace + first * size;

@@ -182,7 +182,8 @@ struct Backward : Depthwise<T> {
     });
   }
 
-  // With pixels in the lanes, if that serves: not where the gradient is infinite, which meets the zeros of masked lanes.
+  // With pixels in the lanes, if that serves: not where the gradient is not finite, or its sums, as it meets the zeros of
+  // masked lanes.
   bool run_on_planes([[maybe_unused]] const DepthwiseConv2dBackwardArgs& a) const {
 #if defined(__AVX2__)
     if constexpr (std::is_same_v<T, float>) {

@@ -7,7 +7,8 @@ namespace convblocks::cpu {
 
 #if defined(__AVX2__)
 constexpr int64_t kFewPlanes = kLanes<float> / 4;
-constexpr int64_t kPlanePiece = 2048;  // pixels, about, whose products are summed before they are added to others
+constexpr int64_t kPlanePiece =
+    2048;  // pixels, or a row of more, whose products are summed before they are added to others
 
 // The convolution of the gradient by the reversed filter that gives the gradient of the map.
 inline DepthwiseConv2dShape reversed(DepthwiseConv2dShape s) {
@@ -20,11 +21,12 @@ inline DepthwiseConv2dShape reversed(DepthwiseConv2dShape s) {
 
 inline bool few_planes_fit(const DepthwiseConv2dShape& s, const float* weight, const Map& grad, const Map& x,
                            const Map& grad_x) {
-  if (s.stride_h != 1 || s.multiplier != 1 || s.c > kFewPlanes || x.pixel != 1) return false;
+  if (s.stride_h != 1 || s.multiplier != 1 || s.c > kFewPlanes) return false;
+  if (!planes_fit(s, x, grad) || !planes_fit(reversed(s), grad, grad_x)) return false;
   for (int64_t i = 0; i < s.c * s.kernel_h * s.kernel_w; i++) {
     if (!std::isfinite(weight[i])) return false;  // times the zeros around the gradient, it would be seen
   }
-  return planes_fit(s, x, grad) && planes_fit(reversed(s), grad, grad_x);
+  return true;
 }
 
 inline void convolve_reversed(const Context& context, const DepthwiseConv2dShape& s, const float* weight,

@@ -129,12 +129,6 @@ A bias_of(const Context& context, const ContextWeights& w) {
   return bias ? 0 * *bias : A(0);
 }
 
-// How many samples share a read of the weights. Doubles would be rounded otherwise in groups than singly.
-template <class T>
-int64_t context_group(int64_t elements, int64_t weights) {
-  return sizeof(T) == 8 ? 1 : group_size(elements * sizeof(T), weights * sizeof(Acc<T>));
-}
-
 template <class T>
 void forward(const Context& context, const GlobalContextArgs& a) {
   using A = Acc<T>;
@@ -147,7 +141,7 @@ void forward(const Context& context, const GlobalContextArgs& a) {
   A *const shifts = scales + n * c, *const contexts = shifts + n * c;
   const bool far = exceeds_caches(n * c * a.hw * sizeof(T));
   for_each_group(
-      context, n, context_group<T>(c * a.hw, 2 * c * (scale.r + add.r)), c * a.hw,
+      context, n, group_size<T>(c * a.hw, 2 * c * (scale.r + add.r)), c * a.hw,
       [&](int64_t first, int64_t count, const Team& team) __attribute__((noinline)) {
         A *const gates = scales + first * c, *const added = shifts + first * c, *const pooled = contexts + first * c;
         for (int64_t i = 0; i < count; i++) {
@@ -184,7 +178,7 @@ void backward(const Context& context, const GlobalContextBackwardArgs& a) {
   A* const scales = static_cast<A*>(context.workspace(context, (3 * n * c + n * shares) * sizeof(A)));
   A *const grad_contexts = scales + n * c, *const contexts = grad_contexts + n * c, *const attention = contexts + n * c;
   const bool far = exceeds_caches(n * c * hw * sizeof(T));
-  for_each_group(context, n, context_group<T>(2 * c * hw, 2 * c * (scale.r + add.r)), 2 * c * hw,
+  for_each_group(context, n, group_size<T>(2 * c * hw, 2 * c * (scale.r + add.r)), 2 * c * hw,
                  [&](int64_t first, int64_t count, const Team& team) __attribute__((noinline)) {
                    A *const gates = scales + first * c, *const by_context = grad_contexts + first * c,
                             *const pooled = contexts + first * c;

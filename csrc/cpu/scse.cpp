@@ -132,7 +132,7 @@ void forward(const Context& context, const ScseArgs& a) {
       finish_stores();
     });
   };
-  for_each_group(context, work.items(), group_size(c * work.length * sizeof(T)), c * work.length,
+  for_each_group(context, work.items(), group_size<T>(c * work.length), c * work.length,
                  [&](int64_t first, int64_t count, const Team& team) {
                    A* pooled = workspace + first * size;
                    for (int64_t i = first; i < first + count; i++) {
@@ -278,7 +278,7 @@ void backward(const Context& context, const ScseBackwardArgs& a) {
   const LayersBackward<A> layers(context, a.channel, a.n, c);
   A* hidden = static_cast<A*>(context.workspace(context, std::max<int64_t>(1, a.n * a.channel.reduced) * sizeof(A)));
   const bool far = work.exceeds();
-  const int64_t group = group_size(2 * c * work.length * sizeof(T));
+  const int64_t group = group_size<T>(2 * c * work.length);
   for_each_group(context, items, group, 2 * c * work.length, [&](int64_t first, int64_t count, const Team& team) {
     const auto each = [&](auto f) {
       for (int64_t i = first; i < first + count; i++) f(Item(a, work, i, workspace));
