@@ -33,7 +33,7 @@ class Entry:
     def __call__(self, *, features_only: bool = False, **options: Any) -> Network:
         for rate in _RATES & options.keys() & signature(self.cls).parameters.keys():
             value = options[rate]
-            if not isinstance(value, Real) or not 0 <= value < 1:
+            if not isinstance(value, Real) or not 0 <= float(value) < 1:
                 raise ValueError(f"{self.name}: expected {rate} to be a number from 0 to below 1, got {value!r}")
         network = self.cls(**{"num_classes": 1000, "in_channels": 3, **self.options, **options})
         network.name = self.name
