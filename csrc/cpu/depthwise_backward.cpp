@@ -1,4 +1,4 @@
-// The gradients of the depthwise convolution on the CPU, in one pass.
+// The gradients of the depthwise convolution on the CPU, in one pass; of a few planes, in one for each.
 #include "depthwise.h"
 #include "depthwise_planes_backward.h"
 #include "dispatch.h"

@@ -7,8 +7,8 @@ namespace convblocks::cpu {
 
 #if defined(__AVX2__)
 constexpr int64_t kFewPlanes = kLanes<float> / 4;
-constexpr int64_t kPlanePiece =
-    2048;  // pixels, or a row of more, whose products are summed before they are added to others
+// Pixels, or those of a longer row, whose products are summed before they are added to others.
+constexpr int64_t kPlanePiece = 2048;
 
 // The convolution of the gradient by the reversed filter that gives the gradient of the map.
 inline DepthwiseConv2dShape reversed(DepthwiseConv2dShape s) {

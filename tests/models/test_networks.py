@@ -85,6 +85,7 @@ def test_refuses_options(name: str) -> None:
 
 
 def test_names() -> None:
+    no_name: Any = None
     assert create("resnet18", num_classes=2).name == "resnet18"
     assert names("wide_resnet50") == ["wide_resnet50_2"]
     assert set(names()) <= set(dir(convblocks.models))
@@ -94,7 +95,7 @@ def test_names() -> None:
     with pytest.raises(ValueError, match=r"create: expected the name of a network, got 'resnet5': is it resnet50"):
         create("resnet5")
     with pytest.raises(TypeError, match="create: expected the name of a network, got None"):
-        create(None)  # type: ignore[arg-type]
+        create(no_name)
     with pytest.raises(AttributeError, match="expected the name of a network, got 'resnet5': is it resnet50"):
         _ = convblocks.models.resnet5
     assert pickle.loads(pickle.dumps(convblocks.models.resnet18)) is convblocks.models.resnet18
