@@ -7,6 +7,7 @@
 #include <ATen/ops/mean.h>
 #include <ATen/ops/sum.h>
 
+#include "handing_on.h"
 #include "layer_formula.h"
 
 namespace convblocks {
@@ -104,5 +105,6 @@ struct ChannelAttention {
 };
 
 CONVBLOCKS_REGISTER(ChannelAttention)
+CONVBLOCKS_REGISTER_HANDING_ON(ChannelAttention)
 
 }  // namespace convblocks

@@ -29,3 +29,6 @@ CONVBLOCKS_KERNEL const char* convblocks_channel_attention(const convblocks::Con
                                                            const convblocks::ChannelAttentionArgs&);
 CONVBLOCKS_KERNEL const char* convblocks_channel_attention_backward(const convblocks::Context&,
                                                                     const convblocks::ChannelAttentionBackwardArgs&);
+// On the CPU only: adds to grad_x.
+CONVBLOCKS_KERNEL const char* convblocks_channel_attention_backward_onto(
+    const convblocks::Context&, const convblocks::ChannelAttentionBackwardArgs&);

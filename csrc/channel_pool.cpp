@@ -6,9 +6,8 @@
 #include <ATen/ops/mean.h>
 #include <ATen/ops/sum.h>
 
-#include "norm_factors.h"
+#include "handing_on.h"
 #include "op.h"
-#include "pixel_gates.h"
 
 namespace convblocks {
 
@@ -68,46 +67,6 @@ struct ChannelPool {
 };
 
 CONVBLOCKS_REGISTER(ChannelPool)
-
-// What CBAM makes of the pooled planes at inference on the CPU: a convolution to one plane, a norm and a gate. torch's
-// convolutions take several times as long for so few channels.
-struct PixelGates {
-  using MaybeTensor = std::optional<Tensor>;
-
-  static constexpr const char* name = "_pixel_gates";
-  static constexpr const char* schema =
-      "(Tensor planes, Tensor weight, Tensor? bias, Tensor? mean, Tensor? var, Tensor? gamma, Tensor? beta, float eps, "
-      "bool hard) -> Tensor?";
-  static inline KernelSlot slot{"convblocks_pixel_gates", false};
-
-  // Nothing where the tensors are not of one dtype on the CPU, or do not fit together: the modules themselves say why.
-  static MaybeTensor run(const Tensor& planes, const Tensor& weight, const MaybeTensor& bias, const MaybeTensor& mean,
-                         const MaybeTensor& var, const MaybeTensor& gamma, const MaybeTensor& beta, double eps,
-                         bool hard) {
-    const auto alike = [&](const Tensor& t) { return t.is_cpu() && t.scalar_type() == planes.scalar_type(); };
-    const auto fits = [&](const MaybeTensor& t) { return !t.has_value() || (alike(*t) && t->numel() == 1); };
-    const bool floats = planes.scalar_type() == at::kFloat || planes.scalar_type() == at::kDouble;
-    const int64_t count = planes.size(1);
-    const bool square = weight.dim() == 4 && weight.size(0) == 1 && weight.size(1) == count &&
-                        weight.size(2) == weight.size(3) && weight.size(2) % 2 == 1;
-    if (!slot.on(planes) || !floats || is_empty(planes) || !alike(weight) || !square || !fits(bias) ||
-        mean.has_value() != var.has_value() || !fits(mean) || !fits(var) || !fits(gamma) || !fits(beta)) {
-      return std::nullopt;
-    }
-    const NormFactors norm(bias, mean, var, gamma, beta, eps);
-    const Tensor w = weight.contiguous();
-    const Walk from(planes, memory_format(planes));
-    Tensor out = at::empty({planes.size(0), 1, planes.size(2), planes.size(3)}, planes.options());
-    Call(name, slot, planes)(PixelGatesArgs{dtype_of(planes), planes.size(0), count, planes.size(2), planes.size(3),
-                                            w.size(2), w.const_data_ptr(), data_of(norm.scale), data_of(norm.shift),
-                                            hard ? Gate::hardsigmoid : Gate::sigmoid, from.map, out.data_ptr()});
-    return out;
-  }
-};
-
-TORCH_LIBRARY_FRAGMENT(convblocks, m) {
-  Operator<ChannelPool>::define_once(m, PixelGates::name, PixelGates::schema, {});
-}
-TORCH_LIBRARY_IMPL(convblocks, CPU, m) { m.impl(PixelGates::name, PixelGates::run); }
+CONVBLOCKS_REGISTER_HANDING_ON(ChannelPool)
 
 }  // namespace convblocks

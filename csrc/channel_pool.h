@@ -30,3 +30,6 @@ struct ChannelPoolBackwardArgs {
 CONVBLOCKS_KERNEL const char* convblocks_channel_pool(const convblocks::Context&, const convblocks::ChannelPoolArgs&);
 CONVBLOCKS_KERNEL const char* convblocks_channel_pool_backward(const convblocks::Context&,
                                                                const convblocks::ChannelPoolBackwardArgs&);
+// On the CPU only: adds to grad_x.
+CONVBLOCKS_KERNEL const char* convblocks_channel_pool_backward_onto(const convblocks::Context&,
+                                                                    const convblocks::ChannelPoolBackwardArgs&);

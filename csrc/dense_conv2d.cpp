@@ -278,7 +278,7 @@ struct ConvNorm {
   }
 };
 
-TORCH_LIBRARY_FRAGMENT(convblocks, m) { Operator<DenseConv2d>::define_once(m, ConvNorm::name, ConvNorm::schema, {}); }
+TORCH_LIBRARY_FRAGMENT(convblocks, m) { define_once(m, ConvNorm::name, ConvNorm::schema); }
 TORCH_LIBRARY_IMPL(convblocks, CPU, m) { m.impl(ConvNorm::name, ConvNorm::run); }
 
 }  // namespace convblocks

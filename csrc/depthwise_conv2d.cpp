@@ -238,7 +238,7 @@ using Sums = WithSums<>;
 TORCH_LIBRARY_FRAGMENT(convblocks, m) {
   const std::string schema(DepthwiseConv2d::schema);
   const std::string outputs = schema.substr(0, schema.rfind("->")) + "-> (Tensor, Tensor)";
-  Sums::Plain::define_once(m, Sums::name, outputs.c_str(), {at::Tag::pt2_compliant_tag, at::Tag::flexible_layout});
+  define_once(m, Sums::name, outputs.c_str(), {at::Tag::pt2_compliant_tag, at::Tag::flexible_layout});
 }
 TORCH_LIBRARY_IMPL(convblocks, CPU, m) { m.impl(Sums::name, Sums::forward); }
 TORCH_LIBRARY_IMPL(convblocks, CUDA, m) { m.impl(Sums::name, Sums::forward); }

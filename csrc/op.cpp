@@ -194,6 +194,10 @@ at::MemoryFormat walk_format(const Tensor& x) {
 
 const void* data_of(const std::optional<Tensor>& t) { return t.has_value() ? t->const_data_ptr() : nullptr; }
 
+void define_once(torch::Library& m, const std::string& name, const char* schema, const std::vector<at::Tag>& tags) {
+  if (!c10::Dispatcher::singleton().findSchema({"convblocks::" + name, ""})) m.def((name + schema).c_str(), tags);
+}
+
 bool under_transform() {
   using c10::DispatchKey;
   return c10::impl::tls_is_dispatch_key_included(DispatchKey::FuncTorchDynamicLayerBackMode) ||

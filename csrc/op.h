@@ -119,6 +119,8 @@ const void* data_of(const std::optional<Tensor>& t);
 
 // --- registration -----------------------------------------------------------------------------------------------------
 
+// A second definition of a schema aborts the process, so a copy of this library loaded twice must not make one.
+void define_once(torch::Library& m, const std::string& name, const char* schema, const std::vector<at::Tag>& tags = {});
 bool under_transform();                                       // a functorch transform (grad, vmap, jvp) is active
 Tensor empty_map(const Tensor& x, c10::SymIntArrayRef size);  // like x, in x's memory format, dense
 inline Tensor empty_map(const Tensor& x) { return empty_map(x, x.sym_sizes()); }
@@ -281,6 +283,16 @@ struct Operator<Op, Tensor (*)(Args...), Gradient (*)(BackwardArgs...)> {
       return call(args...);
     }
     static variable_list backward(AutogradContext* ctx, variable_list grad) {
+      return gradients(ctx, [&](const auto& x, const auto&... rest) {
+        if constexpr (linear && !many)
+          return unpack(call_backward(grad[0], rest...));
+        else
+          return unpack(call_backward(grad[0], x, rest...));
+      });
+    }
+    // What compute(args...) returns, with the arguments as they were kept, in the places of forward's arguments.
+    template <class F>
+    static variable_list gradients(AutogradContext* ctx, F compute) {
       variable_list saved = ctx->get_saved_variables();
       size_t tensor = 0, i = 0;
       std::vector<std::string> texts;
@@ -304,14 +316,7 @@ struct Operator<Op, Tensor (*)(Args...), Gradient (*)(BackwardArgs...)> {
       };
       // Braces: the arguments are restored from left to right.
       std::tuple<Kept<std::decay_t<Args>>...> args{restore(std::type_identity<std::decay_t<Args>>())...};
-      Grads grads = unpack(std::apply(
-          [&](const auto& x, const auto&... rest) {
-            if constexpr (linear && !many)
-              return call_backward(grad[0], rest...);
-            else
-              return call_backward(grad[0], x, rest...);
-          },
-          args));
+      Grads grads = std::apply(compute, args);
       if constexpr (many) {
         grads.resize(grads.size() + sizeof...(Args) - 1);  // none for the other arguments
         grads.insert(grads.begin(), Tensor());             // nor for `known`
@@ -353,11 +358,6 @@ struct Operator<Op, Tensor (*)(Args...), Gradient (*)(BackwardArgs...)> {
     const std::vector<at::Tag> tags{at::Tag::pt2_compliant_tag, at::Tag::flexible_layout};
     define_once(m, Op::name, Op::schema, tags);
     define_once(m, backward_name(), Op::backward_schema, tags);
-  }
-  // A second definition of a schema aborts the process, so a copy of this library loaded twice must not make one.
-  static void define_once(torch::Library& m, const std::string& name, const char* schema,
-                          const std::vector<at::Tag>& tags) {
-    if (!c10::Dispatcher::singleton().findSchema({"convblocks::" + name, ""})) m.def((name + schema).c_str(), tags);
   }
   static void implement(torch::Library& m, decltype(&forward) function, decltype(&backward) backward_function) {
     m.impl(Op::name, function);

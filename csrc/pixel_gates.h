@@ -5,12 +5,17 @@
 
 namespace convblocks {
 
-struct PixelGatesArgs {
-  Dtype dtype;  // of all: f32 or f64
-  int64_t n, planes, h, w, kernel;
-  const void* weight;         // (planes, kernel, kernel), dense, with an odd kernel
+struct PixelKernel {
+  int64_t size;               // odd
+  const void* weight;         // (planes, size, size), dense
   const void *scale, *shift;  // one number each, or null: 1 and 0
   Gate gate;
+};
+
+struct PixelGatesArgs {
+  Dtype dtype;  // of all: f32 or f64
+  int64_t n, planes, h, w;
+  PixelKernel kernel;
   Map x;
   void* y;  // (N, H * W), dense
 };

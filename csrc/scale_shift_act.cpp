@@ -139,8 +139,7 @@ CONVBLOCKS_REGISTER(ScaleShiftAct)
 
 // The form that writes over x.
 TORCH_LIBRARY_FRAGMENT(convblocks, m) {
-  const auto& define = Operator<ScaleShiftAct>::define_once;
-  define(m, ScaleShiftAct::inplace_name, ScaleShiftAct::inplace_schema, {at::Tag::pt2_compliant_tag});
+  define_once(m, ScaleShiftAct::inplace_name, ScaleShiftAct::inplace_schema, {at::Tag::pt2_compliant_tag});
 }
 TORCH_LIBRARY_IMPL(convblocks, CPU, m) { m.impl(ScaleShiftAct::inplace_name, ScaleShiftAct::run_inplace); }
 TORCH_LIBRARY_IMPL(convblocks, CUDA, m) { m.impl(ScaleShiftAct::inplace_name, ScaleShiftAct::run_inplace); }

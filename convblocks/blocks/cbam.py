@@ -6,7 +6,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from convblocks.blocks.arguments import Layer, function_name, ignore, positive
+from convblocks.blocks.arguments import Layer, function_name, ignore, positive, qualified_name
 from convblocks.blocks.fused import runs_alone
 from convblocks.blocks.layers import fusible, is_plain
 from convblocks.ops.apply_gates import operator as apply_gates
@@ -14,6 +14,7 @@ from convblocks.ops.channel_attention import operator as channel_attention
 from convblocks.ops.channel_pool import operator as channel_pool
 from convblocks.ops.depthwise_conv2d import operator as depthwise_conv2d
 from convblocks.ops.gate import ACTIVATIONS, GATES
+from convblocks.ops.operator import Operator
 from convblocks.ops.spatial_attention import convolve
 from convblocks.ops.squeeze_excite import operator as squeeze_excite
 
@@ -39,22 +40,42 @@ def _convolve(conv: Any, planes: Tensor, run: Run = depthwise_conv2d) -> Tensor:
     return convolve(planes, p["weight"], p["bias"], run)
 
 
+def _statistics(norm: Any) -> tuple[Any, ...] | None:
+    """What a norm after the convolution computes with at inference; None of one that does something else."""
+    if is_plain(norm, nn.Identity):
+        return None, None, None, None, 0.0
+    timms = qualified_name(type(norm)) == "timm.layers.norm_act.BatchNormAct2d"
+    if not is_plain(norm, type(norm) if timms else nn.BatchNorm2d) or norm.training or norm.running_mean is None:
+        return None
+    if timms and not all(is_plain(norm._modules.get(name), nn.Identity) for name in ("drop", "act")):
+        return None
+    scales = norm._parameters
+    if not scales.keys() >= {"weight", "bias"}:
+        return None
+    return norm.running_mean, norm.running_var, scales["weight"], scales["bias"], norm.eps
+
+
 def _gates(conv: Any, norm: Any, planes: Tensor, gate: str, run: Run = depthwise_conv2d) -> Tensor:
     """``gate(norm(conv(planes)))``, at inference on the CPU as one operation."""
-    if run is depthwise_conv2d and runs_alone(planes) and _is_usual(conv, planes):
-        p, one = conv._parameters, None
-        statistics: tuple[Any, ...] = (None, None, None, None, 0.0)
-        plain = is_plain(norm, nn.Identity)
-        if is_plain(norm, nn.BatchNorm2d) and not norm.training and norm._parameters.keys() >= {"weight", "bias"}:
-            plain = norm.running_mean is not None
-            scales = norm._parameters
-            statistics = (norm.running_mean, norm.running_var, scales["weight"], scales["bias"], norm.eps)
-        if plain:
-            one = torch.ops.convblocks._pixel_gates(planes, p["weight"], p["bias"], *statistics, gate == "hardsigmoid")
+    statistics = _statistics(norm)
+    if run is depthwise_conv2d and statistics and runs_alone(planes) and _is_usual(conv, planes):
+        p = conv._parameters
+        one: Tensor | None = torch.ops.convblocks._pixel_gates(planes, p["weight"], p["bias"], *statistics, gate)
         if one is not None:
-            gates: Tensor = one
-            return gates
+            return one
     return GATES[gate](norm(_convolve(conv, planes, run)))
+
+
+def _at_once(self: Any, x: Tensor, weights: tuple[Any, ...], conv: Any, norm: Any) -> Tensor | None:
+    """The whole block, at inference on the CPU."""
+    statistics = _statistics(norm)
+    if not (statistics and runs_alone(x) and _is_usual(conv, x)):
+        return None
+    p, functions = conv._parameters, (self.activation_name, self.gate_name)
+    y: Tensor | None = torch.ops.convblocks._cbam(
+        x, *weights, p["weight"], p["bias"], *statistics, *functions, self.residual
+    )
+    return y
 
 
 def fused_forward(
@@ -69,6 +90,7 @@ def fused_forward(
     ``parts`` finds the convolution and the norm of the spatial part. The product with the gates of the channels is
     never written. Where something about the parts has changed, ``self.unfused`` computes what they would.
     """
+    ours = (apply, attention, pool, depthwise) == (apply_gates, channel_attention, channel_pool, depthwise_conv2d)
 
     def forward(self: Any, x: Tensor) -> Tensor:
         channel, spatial = self._modules["channel"], self._modules["spatial"]
@@ -77,8 +99,12 @@ def fused_forward(
             unfused: Tensor = self.unfused(x)
             return unfused
         conv, norm = layers
-        gates = attention(x, *weights, self.activation_name, self.gate_name)
-        pixels = _gates(conv, norm, pool(x, gates), self.gate_name, depthwise)
+        y = _at_once(self, x, weights, conv, norm) if ours else None
+        if y is not None:
+            return y
+        gates, x = _hand_on(attention, x, *weights, self.activation_name, self.gate_name)
+        planes, x = _hand_on(pool, x, gates)
+        pixels = _gates(conv, norm, planes, self.gate_name, depthwise)
         return apply(x, gates, pixels.to(x.dtype), self.residual)
 
     return forward
@@ -101,11 +127,16 @@ def fused_light_forward(
             return unfused
         conv, norm = layers
         y = excite(x, *weights, self.activation_name, self.gate_name, True)
-        pixels = _gates(conv, norm, _mixed(pool(y, None)), self.gate_name, depthwise)
+        planes, y = _hand_on(pool, y, None)
+        pixels = _gates(conv, norm, _mixed(planes), self.gate_name, depthwise)
         y = apply(y, None, pixels.to(x.dtype), False)
         return y + x if self.residual else y
 
     return forward
+
+
+def _hand_on(run: Run, x: Tensor, *args: Any) -> tuple[Tensor, Tensor]:
+    return run.handing_on(x, *args) if isinstance(run, Operator) else (run(x, *args), x)
 
 
 def _weights(x: Tensor, channel: Any, spatial: Any) -> tuple[Any, ...] | None:
@@ -183,7 +214,8 @@ class ChannelAttention(nn.Module):
             return self.unfused(x)
         if self.light:
             return squeeze_excite(x, *weights, self.activation_name, self.gate_name, True)
-        return apply_gates(x, channel_attention(x, *weights, self.activation_name, self.gate_name), None, False)
+        gates, x = channel_attention.handing_on(x, *weights, self.activation_name, self.gate_name)
+        return apply_gates(x, gates, None, False)
 
     def unfused(self, x: Tensor) -> Tensor:
         def layers(s: Tensor) -> Tensor:
@@ -246,7 +278,7 @@ class SpatialAttention(nn.Module):
         self.bn = nn.BatchNorm2d(1, momentum=momentum, device=device, dtype=dtype) if norm else nn.Identity()
 
     def forward(self, x: Tensor) -> Tensor:
-        planes = channel_pool(x, None)
+        planes, x = channel_pool.handing_on(x, None)
         pixels = _gates(self.conv, self.bn, _mixed(planes) if self.light else planes, self.gate_name)
         return apply_gates(x, None, pixels.to(x.dtype), False)
 

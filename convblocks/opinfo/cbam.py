@@ -1,7 +1,8 @@
-"""The whole block of attention, of several operations: timed as one."""
+"""The whole block of attention, as its module runs it: timed as one operation."""
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -9,13 +10,29 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from convblocks import ops
+from convblocks.blocks.cbam import CBAM
 from convblocks.opinfo.record import BadInput, OpInfo, Options, Size
 from convblocks.ops.channel_attention import reference as channel_gates
 
 
+@functools.cache
+def _block(c: int, r: int, kernel: int, bias: bool) -> CBAM:
+    options: Any = {"kernel_size": kernel, "mlp_bias": False, "spatial_bn": False, "spatial_bias": bias}
+    return CBAM(c, rd_channels=r, **options, device="meta").eval()
+
+
 def cbam(x: Tensor, w1: Tensor, w2: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-    return ops.spatial_attention(x, weight, bias, channel=ops.channel_attention(x, w1, None, w2, None))
+    """The block with these weights."""
+    block = _block(w2.shape[0], w1.shape[0], weight.shape[-1], bias is not None)
+    layers: list[tuple[Any, Tensor | None, Tensor | None]] = [
+        (block.channel.fc1, w1, None),
+        (block.channel.fc2, w2, None),
+        (block.spatial.conv, weight, bias),
+    ]
+    for layer, *parameters in layers:
+        layer._parameters.update(zip(("weight", "bias"), parameters, strict=True))  # which need not be leaves
+    y: Tensor = block(x)
+    return y
 
 
 def reference(x: Tensor, w1: Tensor, w2: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:

@@ -79,6 +79,17 @@ class Operator:
         y: Tensor = self.packet(*args)
         return y
 
+    def handing_on(self, x: Tensor, *args: Any) -> tuple[Tensor, Tensor]:
+        """The result, and x for what comes after, to whose gradient of x this adds its own if there is a kernel for it."""
+        packet = getattr(torch.ops.convblocks, f"_{self.name}_handing_on", None)
+        traced = torch.compiler.is_compiling() or torch._C._get_tracing_state() or isinstance(x, torch.fx.Proxy)
+        if packet is None or traced or backends.selected not in ("auto", "cpu") or not (x.is_cpu and x.requires_grad):
+            return self(x, *args), x
+        if backends.selected == "cpu":
+            self._check_runs("cpu", (x,))
+        both: tuple[Tensor, Tensor] = packet(x, *args)
+        return both
+
     def run_inplace(self, x: Tensor, *args: Any) -> Tensor:
         """Writes over x, which is returned."""
         if backends.selected not in ("auto", "reference"):

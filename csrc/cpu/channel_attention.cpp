@@ -225,7 +225,7 @@ void forward(const Context& context, const ChannelAttentionArgs& a) {
 
 // `mean` and `max` hold the gradients of the pooled numbers, and then what every pixel of a plane gets, and what those
 // with the maximum get besides.
-template <class T>
+template <class T, bool kOnto>
 void write_gradient(const Team& team, const ChannelAttentionBackwardArgs& a, int64_t sample, Acc<T>* mean, Acc<T>* max,
                     const Acc<T>* top, const Acc<T>* ties, bool far) {
   using A = Acc<T>;
@@ -240,8 +240,10 @@ void write_gradient(const Team& team, const ChannelAttentionBackwardArgs& a, int
       for (int64_t i = begin; i < end; i++) {
         const T* v = row<T>(x, sample, i);
         const A base = mean[i], peak = top[i], more = max[i];
-        write_row<T>(row<T>(to, sample, i), hw, far, [=](int64_t p, auto lanes) CONVBLOCKS_LOOP {
-          return base + (load(v + p, lanes) == peak ? splat<Vec<A>>(more) : Vec<A>{});
+        T* const grad = row<T>(to, sample, i);
+        write_row<T>(grad, hw, far, [=](int64_t p, auto lanes) CONVBLOCKS_LOOP {
+          const Vec<A> d = base + (load(v + p, lanes) == peak ? splat<Vec<A>>(more) : Vec<A>{});
+          return kOnto ? load(grad + p, lanes) + d : d;
         });
       }
       finish_stores();
@@ -251,23 +253,25 @@ void write_gradient(const Team& team, const ChannelAttentionBackwardArgs& a, int
   team.split(hw, 2 * c, [=](int64_t begin, int64_t end) {
     for (int64_t p = begin; p < end; p++) {
       const T* v = row<T>(x, sample, 0, p);
-      write_row<T>(row<T>(to, sample, 0, p), c, far, [=](int64_t i, auto lanes) CONVBLOCKS_LOOP {
+      T* const grad = row<T>(to, sample, 0, p);
+      write_row<T>(grad, c, far, [=](int64_t i, auto lanes) CONVBLOCKS_LOOP {
         const Vec<A> more = load(max + i, lanes);
-        return load(mean + i, lanes) + (load(v + i, lanes) == load(top + i, lanes) ? more : Vec<A>{});
+        const Vec<A> d = load(mean + i, lanes) + (load(v + i, lanes) == load(top + i, lanes) ? more : Vec<A>{});
+        return kOnto ? load(grad + i, lanes) + d : d;
       });
     }
     finish_stores();
   });
 }
 
-template <class T>
+template <class T, bool kOnto>
 void backward(const Context& context, const ChannelAttentionBackwardArgs& a) {
   using A = Acc<T>;
   const Layers<A> layers(context, a.weights, a.c);
   const int64_t n = a.n, c = a.c, hw = a.hw, r = layers.r, size = 3 * c + pool_size(a.x.pixel == 1, c, hw);
   const Numbers<A> all(context, n, c, r);
   A* workspace = static_cast<A*>(context.workspace(context, n * size * sizeof(A)));
-  const bool far = exceeds_caches(n * c * hw * sizeof(T));
+  const bool far = !kOnto && exceeds_caches(n * c * hw * sizeof(T));
   for_each_group(
       context, n, group_size<T>(2 * c * hw, 2 * c * r), 2 * c * hw,
       [&](int64_t first, int64_t count, const Team& team) {
@@ -301,7 +305,8 @@ void backward(const Context& context, const ChannelAttentionBackwardArgs& a) {
         });
         for (int64_t s = 0; s < count; s++) {
           A* const by_mean = space(s) + c;
-          write_gradient<T>(team, a, first + s, by_mean, by_mean + c, own.pooled + (2 * s + 1) * c, space(s), far);
+          write_gradient<T, kOnto>(team, a, first + s, by_mean, by_mean + c, own.pooled + (2 * s + 1) * c, space(s),
+                                   far);
         }
       });
   const auto to = [&](void* data, int64_t count) { return Narrowed<A>(context, data, a.weights.dtype, count); };
@@ -325,5 +330,10 @@ const char* convblocks_channel_attention(const convblocks::Context& context,
 
 const char* convblocks_channel_attention_backward(const convblocks::Context& context,
                                                   const convblocks::ChannelAttentionBackwardArgs& args) {
-  return convblocks::cpu::dispatch(args.dtype, [&]<class T>(T) { convblocks::cpu::backward<T>(context, args); });
+  return convblocks::cpu::dispatch(args.dtype, [&]<class T>(T) { convblocks::cpu::backward<T, false>(context, args); });
+}
+
+const char* convblocks_channel_attention_backward_onto(const convblocks::Context& context,
+                                                       const convblocks::ChannelAttentionBackwardArgs& args) {
+  return convblocks::cpu::dispatch(args.dtype, [&]<class T>(T) { convblocks::cpu::backward<T, true>(context, args); });
 }

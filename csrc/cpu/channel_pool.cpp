@@ -199,6 +199,13 @@ void forward(const Context& context, const ChannelPoolArgs& a) {
   });
 }
 
+// Writes a gradient, or adds it to what is there.
+template <bool kOnto, class T, class V, class L>
+CONVBLOCKS_LOOP inline void store_gradient(T* to, V d, L lanes) {
+  if constexpr (kOnto) d += load(to, lanes);
+  store(to, d, lanes);
+}
+
 // Of each pixel: the maximum, the gradient that every channel gets, and what those with the maximum get besides.
 template <class A>
 struct PixelGradients {
@@ -211,7 +218,7 @@ struct PixelGradients {
   }
 };
 
-template <class T>
+template <class T, bool kOnto>
 void backward(const Context& context, const ChannelPoolBackwardArgs& a) {
   using A = Acc<T>;
   const int64_t c = a.c, hw = a.hw;
@@ -263,7 +270,7 @@ void backward(const Context& context, const ChannelPoolBackwardArgs& a) {
             for (int g = 0; g < G; g++) {
               const Vec<A> v = load(x + g * from + p, lanes);
               const Vec<A> d = all + (v * gate[g] == peak ? more : Vec<A>{});
-              store(to + g * stride + p, d * gate[g], lanes);
+              store_gradient<kOnto>(to + g * stride + p, d * gate[g], lanes);
               sum[g] += d * v;
             }
           });
@@ -291,7 +298,7 @@ void backward(const Context& context, const ChannelPoolBackwardArgs& a) {
             for (int g = 0; g < G; g++) {
               const Vec<A> v = load(x + g * from + i, lanes);
               const Vec<A> d = base[g] + (v * own == peak[g] ? top[g] : Vec<A>{});
-              store(to + g * stride + i, d * own, lanes);
+              store_gradient<kOnto>(to + g * stride + i, d * own, lanes);
               sum += d * v;
             }
             store(sums + i, sum, lanes);
@@ -312,5 +319,10 @@ const char* convblocks_channel_pool(const convblocks::Context& context, const co
 
 const char* convblocks_channel_pool_backward(const convblocks::Context& context,
                                              const convblocks::ChannelPoolBackwardArgs& args) {
-  return convblocks::cpu::dispatch(args.dtype, [&]<class T>(T) { convblocks::cpu::backward<T>(context, args); });
+  return convblocks::cpu::dispatch(args.dtype, [&]<class T>(T) { convblocks::cpu::backward<T, false>(context, args); });
+}
+
+const char* convblocks_channel_pool_backward_onto(const convblocks::Context& context,
+                                                  const convblocks::ChannelPoolBackwardArgs& args) {
+  return convblocks::cpu::dispatch(args.dtype, [&]<class T>(T) { convblocks::cpu::backward<T, true>(context, args); });
 }

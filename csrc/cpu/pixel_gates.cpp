@@ -26,7 +26,7 @@ struct Band {
 
   // What lines [first, first + count) of the output meet.
   void fill(int64_t sample, int64_t first, int64_t count) const {
-    const int64_t pad = a.kernel / 2;
+    const int64_t pad = a.kernel.size / 2;
     const A* const x = static_cast<const A*>(a.x.data) + sample * a.x.batch;
     for (int64_t p = 0; p < a.planes; p++) {
       A* to = copy + p * lines * width;
@@ -42,7 +42,7 @@ struct Band {
   // R lines and V vectors of columns of the output. Each line of the input is met by those from `low` to `high`.
   template <int R, int V>
   void tile(int64_t line, int64_t column, A* y, int64_t columns) const {
-    const int64_t k = a.kernel;
+    const int64_t k = a.kernel.size;
     Vec<A> acc[R][V]{};
     const Vec<A>* of_plane = taps;
     for (int64_t p = 0; p < a.planes; p++, of_plane += k * k) {
@@ -73,7 +73,7 @@ struct Band {
 #pragma GCC unroll 2
       for (int v = 0; v < V; v++) {
         const int count = static_cast<int>(std::clamp<int64_t>(columns - v * L, 0, L));
-        store(y + r * a.w + v * L, apply_gate(acc[r][v] + shift, a.gate), count);
+        store(y + r * a.w + v * L, apply_gate(acc[r][v] + shift, a.kernel.gate), count);
       }
     }
   }
@@ -101,10 +101,10 @@ struct Band {
 template <class A>
 void forward(const Context& context, const PixelGatesArgs& a) {
   constexpr int L = kLanes<A>;
-  const int64_t k = a.kernel, size = a.planes * k * k, width = (a.w + 2 * L - 1) / (2 * L) * 2 * L + k - 1;
+  const int64_t k = a.kernel.size, size = a.planes * k * k, width = (a.w + 2 * L - 1) / (2 * L) * 2 * L + k - 1;
   Vec<A>* taps = static_cast<Vec<A>*>(context.workspace(context, size * sizeof(Vec<A>)));
-  const A scale = a.scale ? *static_cast<const A*>(a.scale) : A(1);
-  for (int64_t i = 0; i < size; i++) taps[i] = splat<Vec<A>>(static_cast<const A*>(a.weight)[i] * scale);
+  const A scale = a.kernel.scale ? *static_cast<const A*>(a.kernel.scale) : A(1);
+  for (int64_t i = 0; i < size; i++) taps[i] = splat<Vec<A>>(static_cast<const A*>(a.kernel.weight)[i] * scale);
   const int64_t fits = kBandBytes / (a.planes * width * int64_t(sizeof(A))) - k + 1;
   const int64_t shared = a.n % context.threads ? (a.h + context.threads - 1) / context.threads : a.h;
   const int64_t most = std::clamp<int64_t>(std::min(fits, shared) / kLines * kLines, kLines, a.h + kLines - 1);
@@ -112,7 +112,7 @@ void forward(const Context& context, const PixelGatesArgs& a) {
   parallel_for(context, a.n * bands, grain, [&](int64_t begin, int64_t end) {
     const int64_t lines = most + k - 1;
     const Scratch<A> copy(a.planes * lines * width);
-    const A shift = a.shift ? *static_cast<const A*>(a.shift) : A(0);
+    const A shift = a.kernel.shift ? *static_cast<const A*>(a.kernel.shift) : A(0);
     const Band<A> band{a, taps, shift, lines, width, copy.data()};
     for (int64_t i = begin; i < end; i++) {
       const int64_t first = i % bands * most;

@@ -280,9 +280,87 @@ def test_gates_of_pixels(size: tuple[int, ...], k: int, dtype: torch.dtype) -> N
         for count in (1, threads, 3):
             torch.set_num_threads(count)
             laid_out = planes.contiguous(memory_format=layout)
-            results.append([torch.ops.convblocks._pixel_gates(laid_out, *numbers, hard) for hard in (False, True)])
+            results.append(
+                [torch.ops.convblocks._pixel_gates(laid_out, *numbers, gate) for gate in ("sigmoid", "hardsigmoid")]
+            )
         torch.set_num_threads(threads)
         for y, gate in zip(results[0], (torch.sigmoid, nn.functional.hardsigmoid), strict=True):
             torch.testing.assert_close(y, gate(expected).to(dtype), rtol=1e-5, atol=1e-6, equal_nan=True)
         for other in results[1:]:
             assert all(torch.equal(a.nan_to_num(9), b.nan_to_num(9)) for a, b in zip(results[0], other, strict=True))
+
+
+@pytest.mark.skipif(backends.extension_error is not None, reason="the compiled part is not built")
+@pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last], ids=["nchw", "nhwc"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=lambda d: str(d)[6:])
+@pytest.mark.parametrize(
+    "options",
+    [
+        {},
+        {"spatial_bn": False, "spatial_bias": True, "mlp_bias": False, "residual": True},
+        {"gate_layer": "hardsigmoid", "act_layer": "silu", "kernel_size": 3, "momentum": 0.1},
+    ],
+    ids=["official", "biased", "hard"],
+)
+def test_at_once_is_the_same(
+    options: dict[str, Any], dtype: torch.dtype, layout: torch.memory_format, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """At inference the block is one operation: to the last bit what its parts give, with any number of threads."""
+    block = _randomised(lambda: convblocks.CBAM(24, 4, **options)).to(dtype).eval()
+    for size in [(1, 24, 9, 7), (2, 24, 33, 20), (5, 24, 12, 12), (9, 24, 40, 31)]:
+        x = torch.randn(size, dtype=dtype).contiguous(memory_format=layout)
+        x[0, 0, 0, 0] = float("nan") if size[0] == 2 else 4.0
+        with torch.no_grad():
+            for count in (1, 2, 3):
+                torch.set_num_threads(count)
+                y = block(x)
+                with monkeypatch.context() as patch:
+                    patch.setattr("convblocks.blocks.cbam._at_once", lambda *args: None)
+                    parts = block(x)
+                assert y.stride() == parts.stride()
+                assert torch.equal(y.nan_to_num(9), parts.nan_to_num(9)) or dtype == torch.float32
+                torch.testing.assert_close(y, parts, equal_nan=True)
+
+
+@pytest.mark.skipif(backends.extension_error is not None, reason="the compiled part is not built")
+@pytest.mark.parametrize("accelerated", [False, True], ids=["ours", "timms"])
+def test_runs_at_once(accelerated: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Where inference is all that happens, and not where something about the block has changed."""
+    module: Any = _randomised(lambda: CbamModule(24, rd_ratio=1 / 4) if accelerated else convblocks.CBAM(24, 4)).eval()
+    if accelerated:
+        expected = module(torch.ones(2, 24, 9, 7))
+        assert convblocks.accelerate(module).replaced
+        torch.testing.assert_close(module(torch.ones(2, 24, 9, 7)), expected)
+    results: list[Tensor | None] = []
+    at_once = convblocks.blocks.cbam._at_once
+    monkeypatch.setattr("convblocks.blocks.cbam._at_once", lambda *args: results.append(at_once(*args)) or results[-1])
+    x = torch.randn(2, 24, 9, 7)
+
+    def runs() -> bool:
+        results.clear()
+        module(x)
+        return bool(results) and results[-1] is not None
+
+    assert not runs()
+    with torch.no_grad():
+        assert runs()
+        x = x.bfloat16().to(torch.float32)
+        assert runs()
+        conv, norm = (
+            (module.spatial.conv.conv, module.spatial.conv.bn)
+            if accelerated
+            else (module.spatial.conv, module.spatial.bn)
+        )
+        handle = norm.register_forward_hook(lambda *args: None)
+        assert not runs()
+        handle.remove()
+        module.train()
+        assert not runs()
+        module.eval()
+        conv.stride = (1, 2)
+        conv.stride = (1, 1)
+        assert runs()
+        with convblocks.use_backend("reference"):
+            assert not runs()
+        with torch.autocast("cpu", torch.bfloat16):
+            assert not runs()
