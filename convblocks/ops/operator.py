@@ -80,7 +80,7 @@ class Operator:
         return y
 
     def handing_on(self, x: Tensor, *args: Any) -> tuple[Tensor, Tensor]:
-        """The result, and x for what comes after: this adds its gradient of x to theirs, if it has a kernel for that."""
+        """The result, and x for what comes after: this adds its gradient of x to theirs if a kernel can."""
         packet = getattr(torch.ops.convblocks, f"_{self.name}_handing_on", None)
         traced = torch.compiler.is_compiling() or torch._C._get_tracing_state() or isinstance(x, torch.fx.Proxy)
         if packet is None or traced or backends.selected not in ("auto", "cpu") or not (x.is_cpu and x.requires_grad):
