@@ -9,7 +9,9 @@ namespace {
 
 // What inference on the CPU does at once. It returns nothing where the tensors are not of one dtype on the CPU, or do not
 // fit together: the modules, which then run one operation after the other, say why.
-bool alike(const Tensor& t, const Tensor& x) { return t.is_cpu() && t.scalar_type() == x.scalar_type(); }
+bool alike(const Tensor& t, const Tensor& x) {
+  return t.is_cpu() && t.layout() == at::kStrided && t.scalar_type() == x.scalar_type();
+}
 bool is_vector(const MaybeTensor& t, const Tensor& x, int64_t size) {
   return !t.has_value() || (alike(*t, x) && t->numel() == size);
 }
@@ -27,16 +29,17 @@ struct PixelGates {
   PixelGates(const Tensor& weight_, const NormFactors& norm_, Gate gate_)
       : weight(weight_.contiguous()), norm(norm_), gate(gate_) {}
 
-  static std::optional<PixelGates> of(const Tensor& x, int64_t planes, const Tensor& weight, const MaybeTensor& bias,
-                                      const MaybeTensor& mean, const MaybeTensor& var, const MaybeTensor& gamma,
-                                      const MaybeTensor& beta, double eps, std::string_view gate) {
+  static std::optional<PixelGates> of(const char* op, const Tensor& x, int64_t planes, const Tensor& weight,
+                                      const MaybeTensor& bias, const MaybeTensor& mean, const MaybeTensor& var,
+                                      const MaybeTensor& gamma, const MaybeTensor& beta, double eps,
+                                      std::string_view gate) {
     const bool floats = x.scalar_type() == at::kFloat || x.scalar_type() == at::kDouble;
     const bool square = weight.dim() == 4 && weight.size(0) == 1 && weight.size(1) == planes &&
                         weight.size(2) == weight.size(3) && weight.size(2) % 2 == 1;
-    if (!floats || x.dim() != 4 || is_empty(x) || !square || !alike(weight, x) || !is_vector(bias, x, 1)) return {};
+    if (!floats || !alike(x, x) || is_empty(x) || !square || !alike(weight, x) || !is_vector(bias, x, 1)) return {};
     if (mean.has_value() != var.has_value() || !is_vector(mean, x, 1) || !is_vector(var, x, 1)) return {};
     if (!is_vector(gamma, x, 1) || !is_vector(beta, x, 1)) return {};
-    return PixelGates(weight, NormFactors(bias, mean, var, gamma, beta, eps), gate_of("_pixel_gates", gate));
+    return PixelGates(weight, NormFactors(bias, mean, var, gamma, beta, eps), gate_of(op, gate));
   }
   PixelKernel kernel() const {
     return {weight.size(2), weight.const_data_ptr(), data_of(norm.scale), data_of(norm.shift), gate};
@@ -51,7 +54,7 @@ MaybeTensor pixel_gates(const Tensor& planes, const Tensor& weight, const MaybeT
                         std::string_view gate) {
   if (!pixel_gates_slot.on(planes) || planes.dim() != 4) return std::nullopt;
   const int64_t n = planes.size(0), count = planes.size(1), h = planes.size(2), w = planes.size(3);
-  const auto pixels = PixelGates::of(planes, count, weight, bias, mean, var, gamma, beta, eps, gate);
+  const auto pixels = PixelGates::of("_pixel_gates", planes, count, weight, bias, mean, var, gamma, beta, eps, gate);
   if (!pixels.has_value()) return std::nullopt;
   const Walk from(planes, memory_format(planes));
   Tensor out = at::empty({n, 1, h, w}, planes.options());
@@ -66,8 +69,8 @@ MaybeTensor cbam(const Tensor& x, const Tensor& w1, const MaybeTensor& b1, const
                  const MaybeTensor& gamma, const MaybeTensor& beta, double eps, std::string_view activation,
                  std::string_view gate, bool residual) {
   if (!cbam_slot.on(x) || x.dim() != 4) return std::nullopt;
-  const int64_t n = x.size(0), c = x.size(1), r = w1.size(0);
-  const auto pixels = PixelGates::of(x, 2, weight, bias, mean, var, gamma, beta, eps, gate);
+  const int64_t n = x.size(0), c = x.size(1), r = w1.dim() ? w1.size(0) : 0;
+  const auto pixels = PixelGates::of("_cbam", x, 2, weight, bias, mean, var, gamma, beta, eps, gate);
   if (!pixels.has_value() || !is_layer(w1, x, r, c) || !is_layer(w2, x, c, r)) return std::nullopt;
   if (!is_vector(b1, x, r) || !is_vector(b2, x, c)) return std::nullopt;
   const DenseLayers layers(dtype_of(x), w1, b1, w2, b2, activation_of("_cbam", activation), pixels->gate);
@@ -92,7 +95,7 @@ TORCH_LIBRARY_FRAGMENT(convblocks, m) {
   define_once(m, "_pixel_gates", kPixelGatesSchema);
   define_once(m, "_cbam", kCbamSchema);
 }
-TORCH_LIBRARY_IMPL(convblocks, CPU, m) {
+TORCH_LIBRARY_IMPL(convblocks, CompositeExplicitAutograd, m) {
   m.impl("_pixel_gates", pixel_gates);
   m.impl("_cbam", cbam);
 }

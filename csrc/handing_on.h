@@ -14,6 +14,7 @@ template <class Op, class... Args>
 struct HandingOn<Op, Tensor (*)(const Tensor&, Args...)> {
   using Plain = Operator<Op>;
   using Outputs = std::tuple<Tensor, Tensor>;
+  using MaybeTensor = std::optional<Tensor>;
   static std::string name() { return std::string("_") + Op::name + "_handing_on"; }
   static inline KernelSlot slot{std::string("convblocks_") + Op::name + "_backward_onto", false};
 
@@ -32,11 +33,12 @@ struct HandingOn<Op, Tensor (*)(const Tensor&, Args...)> {
         return handed;
       }
       variable_list result = Plain::Node::gradients(ctx, [&](const Tensor& x, const auto&... rest) {
-        if (!takes_more(grad[1], grad[0], x) || (has_tangent(rest) || ...)) {
+        if (!takes_more(grad[1], grad[0], x) || !(is_plain(rest) && ...)) {
           Grads grads = Plain::unpack(Plain::call_backward(grad[0], x, rest...));
           if (grad[1].defined()) grads[0] = grads[0] + grad[1];
           return grads;
         }
+        Plain::check_backward(grad[0], x, rest...);  // hooks may have put anything in the place of what was kept
         Grads grads{grad[1]};
         (append_grad(grads, rest), ...);
         Op::run_backward(Call(Op::name, slot, x), grads, grad[0], x, rest...);
@@ -45,19 +47,27 @@ struct HandingOn<Op, Tensor (*)(const Tensor&, Args...)> {
       result.erase(result.begin());  // what Plain's node has for `known`
       return result;
     }
+    // Whether a kernel may read it as it lies: the dispatcher, which sees to that, is passed by.
+    static bool is_plain(const Tensor& t) {
+      return !has_tangent(t) && !t.is_neg() && !t._is_zerotensor() && !at::isTensorSubclassLike(t);
+    }
+    static bool is_plain(const MaybeTensor& t) { return !t.has_value() || is_plain(*t); }
+    template <class T>
+    static bool is_plain(const T&) {
+      return true;
+    }
     static bool takes_more(const Tensor& onto, const Tensor& grad, const Tensor& x) {
       if (!onto.defined() || at::GradMode::is_enabled() || under_transform() || is_empty(x) || !slot.on(x))
         return false;
-      if (at::areAnyTensorSubclassLike({onto, grad, x}) || has_tangent(onto) || has_tangent(grad) || has_tangent(x)) {
-        return false;
-      }
+      if (!is_plain(onto) || !is_plain(grad) || !is_plain(x) || !x.is_cpu()) return false;
       const bool alone = onto.use_count() == 1 && onto.has_storage() && onto.storage().use_count() == 1;
-      return alone && onto.scalar_type() == x.scalar_type() && onto.is_contiguous(memory_format(x));
+      const bool alike = onto.scalar_type() == x.scalar_type() && onto.sizes() == x.sizes();
+      return alone && alike && onto.is_contiguous(memory_format(x));
     }
   };
 
   static Outputs run(const Tensor& x, Args... args) {
-    const bool plain = !slot.on(x) || under_transform() || at::areAnyTensorSubclassLike({x}) || has_tangent(x) ||
+    const bool plain = !slot.on(x) || under_transform() || at::isTensorSubclassLike(x) || has_tangent(x) ||
                        (has_tangent(args) || ...) || (is_missing(args) || ...);
     if (plain || !at::GradMode::is_enabled() || !wants_grad(x)) return {Plain::call(x, args...), x};
     const variable_list both = Node::apply(x, args...);

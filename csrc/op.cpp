@@ -142,13 +142,14 @@ Call::Call(const char* op, const KernelSlot& slot, const Tensor& x) : op_(op), f
       void* data;
     } task{body, data};
     // torch's own pool through its C interface: compiled in here, OpenMP would have to match torch's.
-    torch_parallel_for(
+    const auto error = torch_parallel_for(
         0, end, grain,
         [](int64_t begin, int64_t stop, void* t) {
           const auto& task = *static_cast<Task*>(t);
           task.body(task.data, begin, stop);
         },
         &task);
+    if (error) throw std::bad_alloc();  // the only thing that fails in a kernel
   };
 }
 

@@ -27,7 +27,7 @@ def _is_usual(conv: Any, planes: Tensor) -> bool:
     """Whether it is a convolution to one plane of the same size, and no more than its class."""
     if not fusible(planes, nn.Conv2d, conv):
         return False
-    half = tuple(k // 2 for k in conv.kernel_size)
+    half = tuple(k // 2 for k in conv._parameters["weight"].shape[2:])
     unchanged: bool = conv.stride == conv.dilation == (1, 1) and conv.padding == half and conv.padding_mode == "zeros"
     return unchanged and int(conv.groups) == 1
 
@@ -57,19 +57,19 @@ def _statistics(norm: Any) -> tuple[Any, ...] | None:
 
 def _gates(conv: Any, norm: Any, planes: Tensor, gate: str, run: Run = depthwise_conv2d) -> Tensor:
     """``gate(norm(conv(planes)))``, at inference on the CPU as one operation."""
-    statistics = _statistics(norm)
-    if run is depthwise_conv2d and statistics and runs_alone(planes) and _is_usual(conv, planes):
-        p = conv._parameters
-        one: Tensor | None = torch.ops.convblocks._pixel_gates(planes, p["weight"], p["bias"], *statistics, gate)
-        if one is not None:
-            return one
+    if run is depthwise_conv2d and runs_alone(planes) and _is_usual(conv, planes):
+        p, statistics = conv._parameters, _statistics(norm)
+        if statistics is not None:
+            one: Tensor | None = torch.ops.convblocks._pixel_gates(planes, p["weight"], p["bias"], *statistics, gate)
+            if one is not None:
+                return one
     return GATES[gate](norm(_convolve(conv, planes, run)))
 
 
 def _at_once(self: Any, x: Tensor, weights: tuple[Any, ...], conv: Any, norm: Any) -> Tensor | None:
     """The whole block, at inference on the CPU."""
-    statistics = _statistics(norm)
-    if not (statistics and runs_alone(x) and _is_usual(conv, x)):
+    statistics = _statistics(norm) if runs_alone(x) and _is_usual(conv, x) else None
+    if statistics is None:
         return None
     p, functions = conv._parameters, (self.activation_name, self.gate_name)
     y: Tensor | None = torch.ops.convblocks._cbam(

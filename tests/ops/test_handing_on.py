@@ -139,3 +139,39 @@ def test_without_gradients_and_under_transforms(name: str) -> None:
     torch.testing.assert_close(torch.func.grad(total)(x), expected)
     _, tangent = torch.func.jvp(total, (x,), (torch.ones_like(x),))
     torch.testing.assert_close(tangent, expected.sum())
+
+
+@pytest.mark.parametrize("view", ["negative", "strided"])
+@pytest.mark.parametrize("name", NAMES)
+def test_parity_of_views(name: str, view: str) -> None:
+    base = torch.randn(2, 6, 5, 8, dtype=torch.float64)
+    x = {"negative": torch._neg_view(base), "strided": base[:, :, :, ::2]}[view]
+    args, more = _arguments(name, x), torch.randn(x.shape, dtype=x.dtype)
+    seed = torch.randn_like(getattr(torch.ops.convblocks, name)(x, *args))
+    expected = _gradients(name, x, args, seed, more, hand_on=False)
+    for a, b in zip(_gradients(name, x, args, seed, more, hand_on=True), expected, strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-12, atol=1e-12)
+
+
+@pytest.mark.parametrize("other", ["smaller", "larger", "half"])
+@pytest.mark.parametrize("name", NAMES)
+def test_what_hooks_put_in_its_place(name: str, other: str) -> None:
+    """Of what was saved for the backward is checked again: no kernel reads past it."""
+    x = torch.randn(2, 6, 5, 4)
+    args = _arguments(name, x)
+    changes: dict[str, Any] = {
+        "smaller": lambda t: t[:1, :1],
+        "larger": lambda t: t.repeat(3, 3, *[1] * (t.dim() - 2)),
+        "half": lambda t: t.to(torch.float64),
+    }
+
+    def change(t: Tensor) -> Tensor:
+        return changes[other](t) if t.dim() > 1 and t.shape != x.shape else t
+
+    with (
+        torch.autograd.graph.saved_tensors_hooks(lambda t: t, change),
+        pytest.raises((ValueError, TypeError), match=name),
+    ):
+        _gradients(
+            name, x, args, torch.ones_like(getattr(torch.ops.convblocks, name)(x, *args)), x.clone(), hand_on=True
+        )
