@@ -18,7 +18,9 @@ inline bool planes_fit(const DepthwiseConv2dShape& s, const Map& x, const Map& y
 #if defined(__AVX512F__)
   const bool filter = k == s.kernel_w && (k == 3 || k == 5 || (k == 7 && s.out_w > 8));  // else measured to be slower
 #else
-  const bool filter = k == s.kernel_w && (k == 3 || k == 5 || k == 7) && s.c * s.multiplier <= 2 && s.out_w > 16;
+  const bool few = (k == 3 || k == 5 || k == 7) && s.c * s.multiplier <= 2 && s.out_w > 16;
+  const bool filter =
+      k == s.kernel_w && (few || (k == 3 && s.stride_w == 1 && s.out_w > 8));  // else measured to be slower
 #endif
   return filter && s.stride_h == s.stride_w && s.stride_h <= 2 && s.dilation_h == 1 && s.dilation_w == 1 &&
          x.pixel == 1 && y.pixel == 1;
@@ -57,7 +59,7 @@ struct Planes {
   static VecF select(VecF v, Mask mask) {
     return (VecF)_mm512_maskz_mov_ps(P == 1 ? mask : mask | mask << kWidth, (__m512)v);
   }
-  void store(int64_t offset, VecF v, Mask mask) const {
+  void store(int64_t offset, VecF v, Mask mask, int64_t) const {
     if constexpr (P == 1) {
       _mm512_mask_storeu_ps(out[0] + offset, mask, (__m512)v);
     } else {
@@ -79,8 +81,10 @@ struct Planes {
   }
   VecF load(int64_t offset, Mask mask) const { return (VecF)_mm256_maskload_ps(in[0] + offset, (__m256i)mask); }
   static VecF select(VecF v, Mask mask) { return mask ? v : VecF{}; }
-  void store(int64_t offset, VecF v, Mask mask) const {
-    _mm256_maskstore_ps(out[0] + offset, (__m256i)mask, (__m256)v);
+  // Not under the mask: such a store takes as long as ten others on some processors.
+  void store(int64_t offset, VecF v, Mask, int64_t count) const {
+    if (count >= kWidth) return cpu::store(out[0] + offset, v);
+    cpu::store(out[0] + offset, v, static_cast<int>(count));
   }
 #endif
 
@@ -140,9 +144,10 @@ struct Planes {
     for (int t = 0; t < K * K; t++) tap[t] = both([&](int p) { return weight[p][t]; });
     const VecF start = both([&](int p) { return bias[p]; });
     VecF total{};
+    int64_t begin = 0, end = out_h;
     const auto columns = [&]<bool kWhole>(int64_t column, std::bool_constant<kWhole>) CONVBLOCKS_LOOP {
       const Mask written = lanes(0, out_w - column, kWidth);
-      for (int64_t row = 0; row < out_h; row += kRows) {
+      for (int64_t row = begin; row < end; row += kRows) {
         VecF acc[kRows];
         CONVBLOCKS_UNROLL
         for (int r = 0; r < kRows; r++) acc[r] = start;
@@ -163,7 +168,7 @@ struct Planes {
         activate_tile(acc, activation);
         CONVBLOCKS_UNROLL
         for (int r = 0; r < kRows; r++) {
-          if (row + r < out_h) store((row + r) * out_w + column, acc[r], written);
+          if (row + r < out_h) store((row + r) * out_w + column, acc[r], written, out_w - column);
         }
         if (sums[0]) {
           VecF sum{};
@@ -173,16 +178,20 @@ struct Planes {
         }
       }
     };
-    for (int64_t column = 0; column < out_w; column += kWidth) {
-#if !defined(__AVX512F__)
-      const int64_t first = column * STRIDE - left;
-      if (first >= 0 && first + (kWidth - 1) * STRIDE + K + STRIDE <= w) {
-        columns(column, std::true_type{});
-        continue;
+#if defined(__AVX512F__)
+    for (int64_t column = 0; column < out_w; column += kWidth) columns(column, std::false_type{});
+#else
+    // Wide planes are read in the order in which they lie; of narrow ones the masks of a column serve all rows.
+    const int64_t band = out_w > 4 * kWidth ? kRows : out_h;
+    for (; begin < out_h; begin += band) {
+      end = std::min(out_h, begin + band);
+      for (int64_t column = 0; column < out_w; column += kWidth) {
+        const int64_t first = column * STRIDE - left;
+        const bool whole = first >= 0 && first + (kWidth - 1) * STRIDE + K + STRIDE <= w;
+        whole ? columns(column, std::true_type{}) : columns(column, std::false_type{});
       }
-#endif
-      columns(column, std::false_type{});
     }
+#endif
     if (!sums[0]) return;
     CONVBLOCKS_UNROLL
     for (int p = 0; p < P; p++) {
