@@ -7,6 +7,7 @@ from collections.abc import Callable
 
 import pytest
 import torch
+from timm.layers.cbam import CbamModule, LightCbamModule
 from torch import Tensor, nn
 
 import convblocks
@@ -46,7 +47,11 @@ def test_output_and_gradients(
             assert (a.dtype, a.shape) == (b.dtype, b.shape)
             assert complaint(a, b, c) is None
     with torch.no_grad():
-        assert torch.equal(fast(x), after[0])
+        alone = fast(x)
+    assert complaint(alone, before[0], exact[0]) is None
+    # CBAM has kernels for inference alone, which round elsewhere; any other module computes the same again.
+    other_kernels = isinstance(module, (CbamModule, LightCbamModule)) and backend == "cpu" and dtype != torch.bfloat16
+    assert other_kernels or torch.equal(alone, after[0])
 
 
 @each_source
