@@ -6,7 +6,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from convblocks.blocks.arguments import Layer, function_name, ignore, positive, qualified_name
+from convblocks.blocks.arguments import Layer, function_name, ignore, positive
 from convblocks.blocks.fused import runs_alone
 from convblocks.blocks.layers import fusible, is_plain
 from convblocks.ops.apply_gates import operator as apply_gates
@@ -44,10 +44,7 @@ def _statistics(norm: Any) -> tuple[Any, ...] | None:
     """What a norm after the convolution computes with at inference; None of one that does something else."""
     if is_plain(norm, nn.Identity):
         return None, None, None, None, 0.0
-    timms = qualified_name(type(norm)) == "timm.layers.norm_act.BatchNormAct2d"
-    if not is_plain(norm, type(norm) if timms else nn.BatchNorm2d) or norm.training or norm.running_mean is None:
-        return None
-    if timms and not all(is_plain(norm._modules.get(name), nn.Identity) for name in ("drop", "act")):
+    if not is_plain(norm, nn.BatchNorm2d) or norm.training or norm.running_mean is None:
         return None
     scales = norm._parameters
     if not scales.keys() >= {"weight", "bias"}:
