@@ -118,7 +118,7 @@ class ContextPool {
   ContextPool(const Context& context, int64_t n, int64_t c, int64_t hw, const Map& x, const Map& grad, const A* weight,
               A bias)
       : c_(c), hw_(hw), x_(x), grad_(grad), weight_(weight), bias_(bias), chunks(c, hw, x.pixel == 1),
-        fetch_(kBackward && exceeds_caches(4 * n * c * hw * sizeof(T))) {
+        fetch_(kBackward && x.pixel != 1 && exceeds_caches(4 * n * c * hw * sizeof(T))), online_(online(n)) {
     memory_ = static_cast<A*>(context.workspace(context, n * size() * sizeof(A)));
   }
 
@@ -139,8 +139,12 @@ class ContextPool {
           s.chunks[3 * k + 1] = A(chunks.size(k));
         }
         sum<false>(i, chunk, last, s);
-      } else if (x_.pixel != 1) {
-        pool_rows(i, first, chunks.size(chunk), s.weights + first, s.chunks + 3 * chunk, s.partial + chunk * K * c_);
+      } else if (online_) {
+        for (int64_t k = chunk; k < last; k++) {
+          const int64_t begin = chunks.first(k);
+          const auto pool = x_.pixel == 1 ? &ContextPool::pool_planes : &ContextPool::pool_rows;
+          (this->*pool)(i, begin, chunks.size(k), s.weights + begin, s.chunks + 3 * k, s.partial + k * K * c_);
+        }
       } else {
         weigh_channels<false>(row<T>(x_, i, 0, first), x_, chunks.size(chunk, some), c_, weight_,
                               static_cast<const A*>(nullptr), bias_, s.weights + first);
@@ -161,6 +165,17 @@ class ContextPool {
 
  private:
   int64_t size() const { return K * c_ + 3 * chunks.count + (weight_ ? hw_ : 0) + chunks.count * K * c_; }
+
+  // How many pixels are pooled at once, so that the first cache holds them. Of planes, whose short pieces are slow to
+  // read, above all from the memory, 0: then a chunk is read twice.
+  static constexpr int64_t kMostOnline = 256;
+  int64_t online(int64_t n) const {
+    constexpr int64_t L = kLanes<T>;
+    const int64_t bytes = c_ * sizeof(T);
+    if (x_.pixel != 1) return fetch_ ? L : std::clamp<int64_t>((24 << 10) / bytes / L * L, L, kMostOnline);
+    const int64_t most = std::min<int64_t>((32 << 10) / bytes, 128) / L * L;
+    return most * sizeof(T) < 256 || exceeds_caches(n * bytes * hw_) ? 0 : most;
+  }
 
   // 1 at the maximum, and nothing far below it.
   static Vec<A> exp_below(Vec<A> v) { return v < -87 ? Vec<A>{} : exp(v); }
@@ -223,43 +238,115 @@ class ContextPool {
     }
   }
 
-  // channels_last: the logits of a few pixels and, while these are in the first cache, their sums, by exponentials of
-  // what the logits lie below the maximum so far. A higher maximum makes the sums so far smaller.
-  void pool_rows(int64_t i, int64_t first, int64_t pixels, A* z, A* numbers, A* out) const {
-    constexpr int L = kLanes<T>;
+  // The logits of a few pixels and, while these are in the first cache, their sums, by exponentials of what the logits
+  // lie below the maximum so far. A higher maximum makes the sums so far smaller: they are the first `size` numbers at
+  // `out`. weigh(first, count, z) and add(first, count, weights) do it for some pixels.
+  template <class Weigh, class Add>
+  void pool_online(int64_t first, int64_t pixels, A* z, A* numbers, A* out, int64_t size, Weigh weigh, Add add) const {
     constexpr A lowest = -std::numeric_limits<A>::infinity();
-    std::fill_n(out, K * c_, A(0));
-    A maximum = lowest;
+    std::fill_n(out, K * size, A(0));
+    A maximum = lowest, weights[kMostOnline];
     Vec<A> total{};
-    for (int64_t p = 0; p < pixels; p += L) {
-      const int64_t count = std::min<int64_t>(L, pixels - p);
-      const T* const x = row<T>(x_, i, 0, first + p);
-      const T* const g = kBackward ? row<T>(grad_, i, 0, first + p) : x;
-      if (fetch_) fetch_rows(g, grad_.pixel, count, c_);
-      weigh_channels<false>(x, x_, count, c_, weight_, static_cast<const A*>(nullptr), bias_, z + p);
-      if (fetch_) fetch_rows(x + L * x_.pixel, x_.pixel, std::min<int64_t>(L, pixels - p - count), c_);
-      const Vec<A> logits = load(z + p, static_cast<int>(count), lowest);
-      const A most = max_lanes(logits);
+    for (int64_t p = 0; p < pixels; p += online_) {
+      const int64_t count = std::min(online_, pixels - p);
+      weigh(first + p, count, z + p);
+      Vec<A> highest = splat<Vec<A>>(lowest);
+      for_lanes<A>(count,
+                   [&](int64_t j, auto lanes) { highest = max_or_nan(highest, load(z + p + j, lanes, lowest)); });
+      const A most = max_lanes(highest);
       if (!(most <= maximum)) {
         const A rescale = p ? std::exp(maximum - most) : A(0);
-        for_lanes<A>(p ? c_ : 0, [=](int64_t channel, auto lanes) CONVBLOCKS_LOOP {
-          store(out + channel, load(out + channel, lanes) * rescale, lanes);
-        });
+        for_lanes<A>(p ? size : 0, [=](int64_t j, auto lanes)
+                                       CONVBLOCKS_LOOP { store(out + j, load(out + j, lanes) * rescale, lanes); });
         total *= rescale;
         maximum = most;
       }
-      const Vec<A> e = exp_below(logits - maximum);
-      total += e;
-      A weights[L];
-      store(weights, e);
-      by_rows<L>(count, [=, this, &weights]<int S>(int64_t begin, std::integral_constant<int, S>) CONVBLOCKS_LOOP {
-        add_rows<S>(x + begin * x_.pixel, g + begin * (kBackward ? grad_.pixel : 0), weights + begin, out);
+      for_lanes<A>(count, [&](int64_t j, auto lanes) {
+        const Vec<A> e = exp_below(load(z + p + j, lanes, lowest) - maximum);
+        store(weights + j, e, lanes);
+        total += e;
       });
+      add(first + p, count, weights);
     }
     numbers[0] = maximum;
     numbers[1] = sum_lanes(total);
     if (!kBackward) return;
     for_lanes<A>(pixels, [=](int64_t p, auto lanes) { store(z + p, exp_below(load(z + p, lanes) - maximum), lanes); });
+  }
+
+  void pool_rows(int64_t i, int64_t first, int64_t pixels, A* z, A* numbers, A* out) const {
+    constexpr int L = kLanes<T>;
+    const int64_t last = first + pixels, step = x_.pixel, grad_step = kBackward ? grad_.pixel : 0;
+    const T *const x = row<T>(x_, i, 0), *const g = kBackward ? row<T>(grad_, i, 0) : x;
+    pool_online(
+        first, pixels, z, numbers, out, c_,
+        [=, this](int64_t p, int64_t count, A* logits) {
+          if (fetch_) fetch_rows(g + p * grad_step, grad_step, count, c_);
+          weigh_channels<false>(x + p * step, x_, count, c_, weight_, static_cast<const A*>(nullptr), bias_, logits);
+          if (fetch_) fetch_rows(x + (p + L) * step, step, std::min<int64_t>(L, last - p - count), c_);
+        },
+        [=, this](int64_t p, int64_t count, const A* weights) {
+          by_rows<L>(count, [=, this]<int S>(int64_t j, std::integral_constant<int, S>) CONVBLOCKS_LOOP {
+            add_rows<S>(x + (p + j) * step, g + (p + j) * grad_step, weights + j, out);
+          });
+        });
+  }
+
+  // A channel has a vector for each sum, whose lanes are added up at the end.
+  void pool_planes(int64_t i, int64_t first, int64_t pixels, A* z, A* numbers, A* out) const {
+    constexpr int L = kLanes<A>;
+    const Scratch<A> scratch(K * c_ * L);
+    A* const sums = scratch.data();
+    const T *const x = row<T>(x_, i, 0), *const g = kBackward ? row<T>(grad_, i, 0) : x;
+    // Calls f(pixel, vectors, lanes) for some vectors of pixels.
+    const auto by_vectors = [](int64_t count, auto f) CONVBLOCKS_LOOP {
+      int64_t p = 0;
+      for (; p + 4 * L <= count; p += 4 * L) f(p, std::integral_constant<int, 4>{}, Full{});
+      for (; p + L <= count; p += L) f(p, std::integral_constant<int, 1>{}, Full{});
+      if (p < count) f(p, std::integral_constant<int, 1>{}, static_cast<int>(count - p));
+    };
+    pool_online(
+        first, pixels, z, numbers, sums, c_ * L,
+        [=, this](int64_t at, int64_t count, A* logits) {
+          by_vectors(count, [=, this, c = c_, step = x_.channel, w = weight_, bias = bias_]<int S>(
+                                int64_t p, std::integral_constant<int, S>, auto lanes) CONVBLOCKS_LOOP {
+            Vec<A> v[S];
+            for (int s = 0; s < S; s++) v[s] = splat<Vec<A>>(bias);
+            const T* from = x + at + p;
+            for (int64_t k = 0; k < c; k++, from += step) {
+#pragma GCC unroll 4
+              for (int s = 0; s < S; s++) v[s] += load(from + s * L, lanes) * w[k];
+            }
+            for (int s = 0; s < S; s++) store(logits + p + s * L, v[s], lanes);
+          });
+        },
+        [=, this](int64_t at, int64_t count, const A* weights) {
+          by_vectors(count, [=, this, c = c_, step = x_.channel, grad_step = grad_.channel]<int S>(
+                                int64_t p, std::integral_constant<int, S>, auto lanes) CONVBLOCKS_LOOP {
+            Vec<A> e[S];
+            for (int s = 0; s < S; s++) e[s] = load(weights + p + s * L, lanes);
+            const T *from = x + at + p, *grad = g + at + p;
+            A* to = sums;
+            for (int64_t k = 0; k < c; k++, from += step, grad += grad_step, to += L) {
+              Vecs<A, K> acc{};
+#pragma GCC unroll 4
+              for (int s = 0; s < S; s++) {
+                const Vecs<A, K> t =
+                    terms<true>(load(from + s * L, lanes), kBackward ? load(grad + s * L, lanes) : Vec<A>{}, e[s]);
+                for (int j = 0; j < K; j++) acc[j] += t[j];
+              }
+              for (int j = 0; j < K; j++) store(to + j * c * L, load(to + j * c * L) + acc[j]);
+            }
+          });
+        });
+    for (int64_t channel = 0; channel < c_; channel += L) {
+      const auto channels = static_cast<int>(std::min<int64_t>(L, c_ - channel));
+      for (int k = 0; k < K; k++) {
+        Vec<A> of_channels[L]{};
+        for (int j = 0; j < channels; j++) of_channels[j] = load(sums + (k * c_ + channel + j) * L);
+        store(out + k * c_ + channel, sum_each(of_channels), channels);
+      }
+    }
   }
 
   template <int S>
@@ -310,7 +397,8 @@ class ContextPool {
     if (K > 1) add(c_, (K - 1) * c_, std::false_type{});
   }
 
-  const bool fetch_;  // maps so large that little of them is in the last cache, which others use, too
+  const bool fetch_;  // channels_last maps so large that little of them is in the last cache, which others use, too
+  const int64_t online_;
   A* memory_;
 };
 
