@@ -187,16 +187,23 @@ struct Backward : Depthwise<T> {
   bool run_on_planes([[maybe_unused]] const DepthwiseConv2dBackwardArgs& a) const {
 #if defined(__AVX2__)
     if constexpr (std::is_same_v<T, float>) {
-      if (activation != Activation::none || !few_planes_fit(shape, weight, a.grad, a.x, a.grad_x)) return false;
-      const int64_t cut = std::clamp<int64_t>(shape.out_h * shape.out_w / kPlanePiece, 1, shape.out_h);
-      A* sums = static_cast<A*>(context.workspace(context, shape.n * cut * block * sizeof(A)));
-      correlate_planes(context, shape, a.grad, a.x, cut, sums);
-      for (int64_t piece = 0; piece < shape.n * cut; piece++) {
-        const Vec<A> totals = load(sums + piece * block + taps * L);
+      const bool few = activation == Activation::none && few_planes_fit(shape, weight, a.grad, a.x, a.grad_x);
+      if (!few && !each_plane_fits(shape, weight, a.grad, a.x, a.grad_x)) return false;
+      const int64_t pixels = shape.out_h * shape.out_w;
+      const int64_t cut = few ? std::clamp<int64_t>(pixels / kPlanePiece, 1, shape.out_h) : 1;
+      const int64_t samples = few ? 1 : std::clamp<int64_t>(kChunk / pixels, 1, shape.n);
+      const int64_t pieces = (shape.n + samples - 1) / samples * cut, blocks = groups();
+      A* sums = static_cast<A*>(context.workspace(context, pieces * blocks * block * sizeof(A)));
+      if (few)
+        correlate_planes(context, shape, a.grad, a.x, cut, sums);
+      else
+        planes_backward(context, shape, weight, bias, activation, a.grad, a.x, a.grad_x, samples, sums);
+      for (int64_t i = 0; i < pieces * blocks; i++) {
+        const Vec<A> totals = load(sums + i * block + taps * L, lanes(i % blocks));
         if (!std::isfinite(sum_lanes(totals * 0))) return false;
       }
-      convolve_reversed(context, shape, weight, a.grad, a.grad_x);
-      finish(shape.n * cut, 1, false, sums, static_cast<A*>(a.grad_weight), static_cast<A*>(a.grad_bias));
+      if (few) convolve_reversed(context, shape, weight, a.grad, a.grad_x);
+      finish(pieces, blocks, false, sums, static_cast<A*>(a.grad_weight), static_cast<A*>(a.grad_bias));
       return true;
     }
 #endif

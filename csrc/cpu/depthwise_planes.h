@@ -39,6 +39,9 @@ struct Planes {
   float* sums[P];  // of the results of each plane; or null
 
 #if defined(__AVX512F__)
+  // The taps of a row meet two vectors, shifted.
+  template <int STRIDE>
+  static constexpr bool kTwoLoads = STRIDE == 1 && P == 1 && K > 3;
   // The lanes from `begin` to `end` of so many.
   static Mask lanes(int64_t begin, int64_t end, int width) {
     begin = std::clamp<int64_t>(begin, 0, width);
@@ -88,36 +91,49 @@ struct Planes {
   }
 #endif
 
-  // What the taps of a row meet: tap j of the window of column t meets column t * STRIDE + `column` + j of the map.
-  // `kWhole`: no lane is out of the map.
-  template <int STRIDE, bool kWhole>
-  CONVBLOCKS_LOOP void met(int64_t row, int64_t column, VecF (&x)[K]) const {
+  // Tap j of the window of column t meets column t * STRIDE + `column` + j of the map. Which of them are there, for met():
+  // made once for all rows.
+  using Masks = Mask[K + 1];
+  template <int STRIDE>
+  CONVBLOCKS_LOOP void masks(int64_t column, Masks& mask) const {
     const auto inside = [&](int64_t first, int width) { return lanes(-first, w - first, width); };
+    CONVBLOCKS_UNROLL
+    for (int j = 0; j <= K; j++) {
+#if defined(__AVX512F__)
+      mask[j] = inside(column + (kTwoLoads<STRIDE> ? 16 * j : j), STRIDE * kWidth);
+#else
+      mask[j] = inside(column + (STRIDE == 2 && j % 2 ? j + 7 : j), kWidth);
+#endif
+    }
+  }
+
+  // What the taps of a row meet. `kWhole`: no lane is out of the map.
+  template <int STRIDE, bool kWhole>
+  CONVBLOCKS_LOOP void met(int64_t row, int64_t column, const Masks& mask, VecF (&x)[K]) const {
     const int64_t at = row * w + column;
 #if !defined(__AVX512F__)
-    const auto part = [&](int64_t j) CONVBLOCKS_LOOP {
-      return kWhole ? cpu::load(in[0] + at + j) : load(at + j, inside(column + j, kWidth));
-    };
+    const auto part = [&](int64_t j, int m)
+                          CONVBLOCKS_LOOP { return kWhole ? cpu::load(in[0] + at + j) : load(at + j, mask[m]); };
     CONVBLOCKS_UNROLL
     for (int j = 0; j < K; j++) {
       if constexpr (STRIDE == 1) {
-        x[j] = part(j);
+        x[j] = part(j, j);
       } else if (j % 2 == 0) {
-        const VecF a = part(j), b = part(j + 8);
+        const VecF a = part(j, j), b = part(j + 8, j + 1);
         x[j] = __builtin_shufflevector(a, b, 0, 2, 4, 6, 8, 10, 12, 14);
         if (j + 1 < K) x[j + 1] = __builtin_shufflevector(a, b, 1, 3, 5, 7, 9, 11, 13, 15);
       }
     }
 #else
-    if constexpr (STRIDE == 1 && P == 1 && K > 3) {  // two loads, shifted
-      const __m512i a = (__m512i)load(at, inside(column, 16)), b = (__m512i)load(at + 16, inside(column + 16, 16));
+    if constexpr (kTwoLoads<STRIDE>) {
+      const __m512i a = (__m512i)load(at, mask[0]), b = (__m512i)load(at + 16, mask[1]);
       const auto shifted = [&]<int... j>(std::integer_sequence<int, j...>) {
         ((x[j] = (VecF)_mm512_alignr_epi32(b, a, j)), ...);
       };
       shifted(std::make_integer_sequence<int, K>{});
     } else if constexpr (STRIDE == 1) {
       CONVBLOCKS_UNROLL
-      for (int j = 0; j < K; j++) x[j] = load(at + j, inside(column + j, kWidth));
+      for (int j = 0; j < K; j++) x[j] = load(at + j, mask[j]);
     } else {
       // Twice as many columns, of the other plane where there are two, from which every second one is taken.
       const auto wide = [&](int64_t offset, uint32_t mask, int part) {
@@ -128,8 +144,7 @@ struct Planes {
       const __m512i odds = _mm512_add_epi32(evens, _mm512_set1_epi32(1));
       CONVBLOCKS_UNROLL
       for (int j = 0; j < K; j += 2) {
-        const uint32_t mask = inside(column + j, 2 * kWidth);
-        const __m512 a = wide(at + j, mask, 0), b = wide(at + j, mask, 1);
+        const __m512 a = wide(at + j, mask[j], 0), b = wide(at + j, mask[j], 1);
         x[j] = (VecF)_mm512_permutex2var_ps(a, evens, b);
         if (j + 1 < K) x[j + 1] = (VecF)_mm512_permutex2var_ps(a, odds, b);
       }
@@ -147,6 +162,8 @@ struct Planes {
     int64_t begin = 0, end = out_h;
     const auto columns = [&]<bool kWhole>(int64_t column, std::bool_constant<kWhole>) CONVBLOCKS_LOOP {
       const Mask written = lanes(0, out_w - column, kWidth);
+      Masks mask;
+      masks<STRIDE>(column * STRIDE - left, mask);
       for (int64_t row = begin; row < end; row += kRows) {
         VecF acc[kRows];
         CONVBLOCKS_UNROLL
@@ -156,7 +173,7 @@ struct Planes {
           const int64_t in_row = row * STRIDE - top + i;
           if (static_cast<uint64_t>(in_row) >= static_cast<uint64_t>(h)) continue;
           VecF x[K];
-          met<STRIDE, kWhole>(in_row, column * STRIDE - left, x);
+          met<STRIDE, kWhole>(in_row, column * STRIDE - left, mask, x);
           CONVBLOCKS_UNROLL
           for (int r = 0; r < kRows; r++) {
             const int k = i - r * STRIDE;

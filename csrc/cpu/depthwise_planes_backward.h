@@ -1,5 +1,5 @@
-// The gradients of a depthwise convolution of a few planes of float in NCHW with pixels in the lanes, for which channels in
-// the lanes would leave most of them empty: what CBAM does to its two pooled planes.
+// The gradients of a depthwise convolution of planes of float in NCHW with pixels in the lanes: of a few, for which channels
+// in the lanes would leave most of them empty (what CBAM does to its two pooled planes), and, with AVX-512, of many.
 #pragma once
 #include "depthwise_planes.h"
 
@@ -19,14 +19,17 @@ inline DepthwiseConv2dShape reversed(DepthwiseConv2dShape s) {
   return s;
 }
 
+// Times the zeros around the gradient, others would be seen.
+inline bool has_finite_weights(const DepthwiseConv2dShape& s, const float* weight) {
+  VecF zeros{};
+  for_lanes<float>(s.c * s.kernel_h * s.kernel_w, [&](int64_t i, auto lanes) { zeros += load(weight + i, lanes) * 0; });
+  return sum_lanes(zeros) == 0;
+}
+
 inline bool few_planes_fit(const DepthwiseConv2dShape& s, const float* weight, const Map& grad, const Map& x,
                            const Map& grad_x) {
   if (s.stride_h != 1 || s.multiplier != 1 || s.c > kFewPlanes) return false;
-  if (!planes_fit(s, x, grad) || !planes_fit(reversed(s), grad, grad_x)) return false;
-  for (int64_t i = 0; i < s.c * s.kernel_h * s.kernel_w; i++) {
-    if (!std::isfinite(weight[i])) return false;  // times the zeros around the gradient, it would be seen
-  }
-  return true;
+  return planes_fit(s, x, grad) && planes_fit(reversed(s), grad, grad_x) && has_finite_weights(s, weight);
 }
 
 inline void convolve_reversed(const Context& context, const DepthwiseConv2dShape& s, const float* weight,
@@ -37,23 +40,47 @@ inline void convolve_reversed(const Context& context, const DepthwiseConv2dShape
   convolve_planes(context, reversed(s), taps, nullptr, Activation::none, grad, grad_x, nullptr);
 }
 
-// The sums of products for row `tap_row` of a plane's filter, of the rows [begin, end) of its gradient.
-template <int K>
+// Adds up what the rows [begin, end) of a plane's gradient give its filter: a vector for each tap, and one for the gradient.
+template <int STRIDE, int K>
 inline void correlate_plane(const Planes<1, K>& x, const Planes<1, K>& grad, int64_t begin, int64_t end,
-                            int64_t tap_row, VecF (&acc)[K]) {
-  const int64_t above = tap_row - x.top;
-  begin = std::max(begin, -above);
-  end = std::min(end, x.h - above);
-  for (int64_t column = 0; column < grad.w; column += kLanes<float>) {
-    const bool whole = column + kLanes<float> <= grad.w;
-    const Mask mask = Planes<1, K>::lanes(0, grad.w - column, kLanes<float>);
-    for (int64_t row = begin; row < end; row++) {
-      const VecF g = grad.load(row * grad.w + column, mask);
-      VecF met[K];
-      x.template met<1, false>(row + above, column - x.left, met);
-      CONVBLOCKS_UNROLL
-      for (int j = 0; j < K; j++) acc[j] += (whole ? met[j] : Planes<1, K>::select(met[j], mask)) * g;
+                            VecF (&acc)[K * K + 1]) {
+  constexpr int kTogether = K == 3 ? K : 1;  // rows of taps, whose sums are in registers
+  for (int i = 0; i < K; i += kTogether) {
+    VecF sums[kTogether * K], total{};
+    for (int t = 0; t < kTogether * K; t++) sums[t] = acc[i * K + t];
+    for (int64_t column = 0; column < grad.w; column += kLanes<float>) {
+      const bool whole = column + kLanes<float> <= grad.w;
+      const Mask mask = Planes<1, K>::lanes(0, grad.w - column, kLanes<float>);
+      typename Planes<1, K>::Masks inside;
+      x.template masks<STRIDE>(column * STRIDE - x.left, inside);
+      for (int64_t row = begin; row < end; row++) {
+        const VecF g = grad.load(row * grad.w + column, mask);
+        total += g;
+        CONVBLOCKS_UNROLL
+        for (int k = 0; k < kTogether; k++) {
+          const int64_t in_row = row * STRIDE - x.top + i + k;
+          if (static_cast<uint64_t>(in_row) >= static_cast<uint64_t>(x.h)) continue;
+          VecF met[K];
+          x.template met<STRIDE, false>(in_row, column * STRIDE - x.left, inside, met);
+          CONVBLOCKS_UNROLL
+          for (int j = 0; j < K; j++) sums[k * K + j] += (whole ? met[j] : Planes<1, K>::select(met[j], mask)) * g;
+        }
+      }
     }
+    for (int t = 0; t < kTogether * K; t++) acc[i * K + t] = sums[t];
+    if (i == 0) acc[K * K] += total;
+  }
+}
+
+// The sums of the lanes of each, `stride` apart.
+template <int COUNT>
+inline void store_sums(const VecF (&acc)[COUNT], float* to, int64_t stride) {
+  constexpr int L = kLanes<float>;
+  for (int first = 0; first < COUNT; first += L) {
+    VecF some[L]{};
+    for (int t = first; t < std::min(COUNT, first + L); t++) some[t - first] = acc[t];
+    const VecF sums = sum_each(some);
+    for (int t = first; t < std::min(COUNT, first + L); t++) to[t * stride] = sums[t - first];
   }
 }
 
@@ -74,17 +101,9 @@ void correlate_planes(const Context& context, const DepthwiseConv2dShape& s, con
       for (int64_t c = 0; c < s.c; c++) {
         map.in[0] = static_cast<const float*>(x.data) + sample * x.batch + c * x.channel;
         by.in[0] = static_cast<const float*>(grad.data) + sample * grad.batch + c * grad.channel;
-        float* const own = sums + piece * kBlock + c;
-        for (int64_t i = 0; i < K; i++) {
-          VecF acc[K]{};
-          correlate_plane(map, by, first, stop, i, acc);
-          for (int64_t j = 0; j < K; j++) own[(i * K + j) * L] = sum_lanes(acc[j]);
-        }
-        VecF total{};
-        for_lanes<float>((stop - first) * s.out_w, [&, from = by.in[0] + first * s.out_w](int64_t p, auto lanes) {
-          total += load(from + p, lanes);
-        });
-        own[K * K * L] = sum_lanes(total);
+        VecF acc[K * K + 1]{};
+        correlate_plane<1>(map, by, first, stop, acc);
+        store_sums(acc, sums + piece * kBlock + c, L);
       }
     }
   });
@@ -96,6 +115,143 @@ inline void correlate_planes(const Context& context, const DepthwiseConv2dShape&
   if (s.kernel_h == 5) return correlate_planes<5>(context, s, grad, x, cut, sums);
   correlate_planes<7>(context, s, grad, x, cut, sums);
 }
+
+// --- of many planes, one by one --------------------------------------------------------------------------------------
+
+#if defined(__AVX512F__)
+// Where it was measured to be faster.
+inline bool each_plane_fits(const DepthwiseConv2dShape& s, const float* weight, const Map& grad, const Map& x,
+                            const Map& grad_x) {
+  const int64_t k = s.kernel_h, bytes = s.h * s.w * sizeof(float);
+  const bool wide = s.w > 8 && (k == 3 || (k == 5 && s.out_w > 8));
+  const bool near = bytes <= (32 << 10) || !exceeds_caches(s.n * s.c * bytes);
+  if (!wide || !near || s.multiplier != 1 || s.c < kLanes<float> || !planes_fit(s, x, grad)) return false;
+  return grad_x.pixel == 1 && has_finite_weights(s, weight);
+}
+
+// The gradient of a plane of the map for stride 2: `ODD` says whether the left padding is. Its even and its odd columns
+// meet different taps.
+template <int ODD, int K>
+inline void spread_plane(const Planes<1, K>& grad, const float* weight, int64_t h, int64_t w, int64_t top, int64_t left,
+                         float* to) {
+  constexpr int L = kLanes<float>;
+  VecF tap[K * K];
+  for (int t = 0; t < K * K; t++) tap[t] = splat<VecF>(weight[t]);
+  for (int64_t column = 0; 2 * column < w; column += L) {
+    const int64_t left_over = w - 2 * column;
+    constexpr auto side = [](int j) { return (j + ODD) & 1; };  // 1: odd columns
+    int64_t at[K];
+    Mask inside[K];
+    CONVBLOCKS_UNROLL
+    for (int j = 0; j < K; j++) {
+      at[j] = column + (side(j) + left - j) / 2;
+      inside[j] = Planes<1, K>::lanes(-at[j], grad.w - at[j], L);
+    }
+    for (int64_t row = 0; row < h; row++) {
+      VecF both[2]{};
+      CONVBLOCKS_UNROLL
+      for (int i = 0; i < K; i++) {
+        const int64_t twice = row + top - i;
+        if (twice & 1 || static_cast<uint64_t>(twice >> 1) >= static_cast<uint64_t>(grad.h)) continue;
+        CONVBLOCKS_UNROLL
+        for (int j = 0; j < K; j++) {
+          both[side(j)] += grad.load((twice >> 1) * grad.w + at[j], inside[j]) * tap[i * K + j];
+        }
+      }
+      float* const out = to + row * w + 2 * column;
+      const auto mix = [&]<int... l>(std::integer_sequence<int, l...>, auto half) {
+        return __builtin_shufflevector(both[0], both[1], (half() * L / 2 + l / 2 + l % 2 * L)...);
+      };
+      const auto put = [&](VecF v, float* at, int64_t count) {
+        if (count >= L)
+          store(at, v);
+        else if (count > 0)
+          store(at, v, static_cast<int>(count));
+      };
+      constexpr std::make_integer_sequence<int, L> all{};
+      put(mix(all, std::integral_constant<int, 0>{}), out, left_over);
+      put(mix(all, std::integral_constant<int, 1>{}), out + L, left_over - L);
+    }
+  }
+}
+
+// Of the plane that is read next.
+inline void fetch_plane(const float* from, int64_t pixels) {
+  for (int64_t p = 0; p < pixels; p += 64 / sizeof(float)) __builtin_prefetch(from + p, 0, 2);
+}
+
+// The gradients of all planes: of the map, and as sums of `pieces`, of `samples` each, those of the filters and the biases.
+template <int K, int STRIDE>
+void planes_backward(const Context& context, const DepthwiseConv2dShape& s, const float* weight, const float* bias,
+                     Activation activation, const Map& grad, const Map& x, const Map& grad_x, int64_t samples,
+                     float* sums) {
+  constexpr int64_t L = kLanes<float>, kBlock = (K * K + 1) * L;
+  const int64_t pieces = (s.n + samples - 1) / samples, blocks = (s.c + L - 1) / L, pixels = s.out_h * s.out_w;
+  const bool active = activation != Activation::none, far = exceeds_caches(s.n * s.c * s.h * s.w * sizeof(float));
+  const int64_t grain = std::max<int64_t>(1, 4096 / (pixels * samples));
+  parallel_for(context, pieces * s.c, grain, [&](int64_t begin, int64_t end) {
+    const Scratch<float> scratch(2 * pixels);
+    Planes<1, K> map, by, back;  // the map, its gradient that came, and the convolution of that
+    map.h = s.h, map.w = s.w, map.out_h = s.out_h, map.out_w = s.out_w, map.top = s.top, map.left = s.left;
+    map.activation = back.activation = Activation::none;
+    map.sums[0] = back.sums[0] = nullptr;
+    map.out[0] = scratch.data();
+    by.h = s.out_h, by.w = s.out_w;
+    back.h = s.out_h, back.w = s.out_w, back.out_h = s.h, back.out_w = s.w;
+    back.top = K - 1 - s.top, back.left = K - 1 - s.left, back.bias[0] = 0;
+    float reversed[K * K];
+    back.weight[0] = reversed;
+    for (int64_t i = begin; i < end; i++) {
+      const int64_t piece = i / s.c, c = i % s.c;
+      map.weight[0] = weight + c * K * K;
+      map.bias[0] = bias ? bias[c] : 0;
+      std::reverse_copy(map.weight[0], map.weight[0] + K * K, reversed);
+      VecF acc[K * K + 1]{};
+      for (int64_t n = piece * samples; n < std::min(s.n, (piece + 1) * samples); n++) {
+        map.in[0] = static_cast<const float*>(x.data) + n * x.batch + c * x.channel;
+        by.in[0] = static_cast<const float*>(grad.data) + n * grad.batch + c * grad.channel;
+        float* const to = static_cast<float*>(grad_x.data) + n * grad_x.batch + c * grad_x.channel;
+        const float* const next = by.in[0] + grad.channel;
+        if (active) {
+          map.template convolve<STRIDE>();
+          for_lanes<float>(
+              pixels, [=, inner = map.out[0], from = by.in[0], into = scratch.data() + pixels](int64_t p, auto lanes) {
+                store(into + p, activation_backward(load(from + p, lanes), load(inner + p, lanes), activation), lanes);
+              });
+          by.in[0] = scratch.data() + pixels;
+        }
+        if (far) fetch_plane(map.in[0] + x.channel, s.h * s.w);
+        correlate_plane<STRIDE>(map, by, 0, s.out_h, acc);
+        if (far) fetch_plane(next, pixels);
+        if constexpr (STRIDE == 1) {
+          back.in[0] = by.in[0];
+          back.out[0] = to;
+          back.template convolve<1>();
+        } else {
+          (s.left % 2 ? spread_plane<1, K> : spread_plane<0, K>)(by, map.weight[0], s.h, s.w, s.top, s.left, to);
+        }
+      }
+      store_sums(acc, sums + (piece * blocks + c / L) * kBlock + c % L, L);
+    }
+  });
+}
+
+inline void planes_backward(const Context& context, const DepthwiseConv2dShape& s, const float* weight,
+                            const float* bias, Activation activation, const Map& grad, const Map& x, const Map& grad_x,
+                            int64_t samples, float* sums) {
+  const auto run = [&]<int K>(std::integral_constant<int, K>) {
+    (s.stride_h == 1 ? planes_backward<K, 1> : planes_backward<K, 2>)(context, s, weight, bias, activation, grad, x,
+                                                                      grad_x, samples, sums);
+  };
+  s.kernel_h == 3 ? run(std::integral_constant<int, 3>{}) : run(std::integral_constant<int, 5>{});
+}
+#else
+inline bool each_plane_fits(const DepthwiseConv2dShape&, const float*, const Map&, const Map&, const Map&) {
+  return false;
+}
+inline void planes_backward(const Context&, const DepthwiseConv2dShape&, const float*, const float*, Activation,
+                            const Map&, const Map&, const Map&, int64_t, float*) {}
+#endif
 #endif
 
 }  // namespace convblocks::cpu

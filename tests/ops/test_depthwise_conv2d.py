@@ -81,25 +81,30 @@ def test_a_gradient_that_is_nan_reaches_taps_in_the_padding(backend: str, device
     assert not grad_x[0, 0, 2].isnan().any()
 
 
-@pytest.mark.parametrize("backend", ["cpu"], indirect=True)  # whose kernel has a way of its own for these
+@pytest.mark.parametrize("backend", ["cpu"], indirect=True)  # whose kernels have ways of their own for these
 @pytest.mark.parametrize("kernel", [3, 5, 7])
-@pytest.mark.parametrize("channels", [1, 2, 4])
+@pytest.mark.parametrize(
+    ("channels", "stride", "activation"),
+    [(1, 1, "none"), (2, 1, "none"), (4, 1, "none"), (20, 1, "none"), (20, 2, "none"), (20, 1, "silu"), (20, 2, "silu")],
+)
 @pytest.mark.parametrize("strange", [None, "x", "weight", "grad"])
-def test_gradients_of_few_planes(kernel: int, channels: int, strange: str | None, backend: str, device: str) -> None:
+def test_gradients_of_planes(
+    kernel: int, channels: int, stride: int, activation: str, strange: str | None, backend: str, device: str
+) -> None:
     """As in float64, which has no such way, also of what is not finite."""
     for height, width in ((5, 17), (60, 47), (112, 64)):
+        results = []
         values = {
             "x": torch.randn(2, channels, height, width, device=device),
             "weight": torch.randn(channels, 1, kernel, kernel, device=device),
-            "grad": torch.randn(2, channels, height, width, device=device),
+            "grad": torch.randn(2, channels, -(-height // stride), -(-width // stride), device=device),
         }
         if strange is not None:
             values[strange][-1, -1, -1, -1] = float("inf")
-        results = []
         for dtype in (torch.float32, torch.float64):
             a, w = (values[name].to(dtype).requires_grad_() for name in ("x", "weight"))
             bias = torch.zeros(channels, device=device, dtype=dtype, requires_grad=True)
-            y = depthwise_conv2d(a, w, bias, padding=kernel // 2)
+            y = depthwise_conv2d(a, w, bias, stride=stride, padding="same", activation=activation)
             results.append(torch.autograd.grad(y, (a, w, bias), values["grad"].to(dtype)))
         for got, expected in zip(*results, strict=True):
             torch.testing.assert_close(got, expected.float(), rtol=1e-5, atol=1e-3, equal_nan=True)
