@@ -175,11 +175,6 @@ inline void spread_plane(const Planes<1, K>& grad, const float* weight, int64_t 
   }
 }
 
-// Of the plane that is read next.
-inline void fetch_plane(const float* from, int64_t pixels) {
-  for (int64_t p = 0; p < pixels; p += 64 / sizeof(float)) __builtin_prefetch(from + p, 0, 2);
-}
-
 // The gradients of all planes: of the map, and as sums of `pieces`, of `samples` each, those of the filters and the biases.
 template <int K, int STRIDE>
 void planes_backward(const Context& context, const DepthwiseConv2dShape& s, const float* weight, const float* bias,

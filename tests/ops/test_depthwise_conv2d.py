@@ -85,7 +85,15 @@ def test_a_gradient_that_is_nan_reaches_taps_in_the_padding(backend: str, device
 @pytest.mark.parametrize("kernel", [3, 5, 7])
 @pytest.mark.parametrize(
     ("channels", "stride", "activation"),
-    [(1, 1, "none"), (2, 1, "none"), (4, 1, "none"), (20, 1, "none"), (20, 2, "none"), (20, 1, "silu"), (20, 2, "silu")],
+    [
+        (1, 1, "none"),
+        (2, 1, "none"),
+        (4, 1, "none"),
+        (20, 1, "none"),
+        (20, 2, "none"),
+        (20, 1, "silu"),
+        (20, 2, "silu"),
+    ],
 )
 @pytest.mark.parametrize("strange", [None, "x", "weight", "grad"])
 def test_gradients_of_planes(
