@@ -229,7 +229,8 @@ void convolve_planes(const Context& context, const DepthwiseConv2dShape& s, cons
                      Activation activation, const Map& x, const Map& y, float* sums) {
   const int64_t planes = s.c * s.multiplier, groups = (planes + P - 1) / P;
   const int64_t grain = std::max<int64_t>(1, 4096 / (s.out_h * s.out_w * P));
-  const bool far = exceeds_caches(s.n * planes * s.h * s.w * sizeof(float));
+  // Where planes are not read in order, which the processor foresees.
+  const bool far = kBytes == 64 && exceeds_caches(s.n * planes * s.h * s.w * sizeof(float));
   parallel_for(context, s.n * groups, grain, [&](int64_t begin, int64_t end) {
     Planes<P, K> group;
     group.h = s.h, group.w = s.w, group.out_h = s.out_h, group.out_w = s.out_w, group.top = s.top, group.left = s.left;
