@@ -237,6 +237,7 @@ void convolve_planes(const Context& context, const DepthwiseConv2dShape& s, cons
     group.activation = activation;
     for (int64_t i = begin; i < end; i++) {
       const int64_t sample = i / groups;
+      CONVBLOCKS_UNROLL
       for (int p = 0; p < P; p++) {
         const int64_t plane = std::min(i % groups * P + p, planes - 1);  // an odd last one is computed twice
         group.in[p] = static_cast<const float*>(x.data) + sample * x.batch + plane / s.multiplier * x.channel;
