@@ -200,8 +200,9 @@ def _pool(
         if weight is not None:
             z = tl.where(there, _logits(value, weight, bias, c, C), float("-inf"))
             higher = tl.maximum(maximum, tl.max(z, 0))
-            attention = tl.where(there, tl.exp(z - higher), 0.0)
-            rescale = tl.exp(maximum - higher)
+            taken_off = tl.where(higher == float("-inf"), 0.0, higher)  # all of these have exponentials of 0
+            attention = tl.where(there, tl.exp(z - taken_off), 0.0)
+            rescale = tl.exp(maximum - taken_off)
             total = total * rescale + tl.sum(attention, 0)
             context = context * rescale + tl.sum(value * attention[None, :], 1)
             maximum = higher

@@ -54,7 +54,8 @@ class ContextPool {
   ContextPool(const Context& context, int64_t n, int64_t c, int64_t hw, const Map& x, const Map& grad, const A* weight,
               A bias)
       : c_(c), hw_(hw), x_(x), grad_(grad), weight_(weight), bias_(bias), chunks(c, hw, x.pixel == 1),
-        fetch_(kBackward && x.pixel != 1 && exceeds_caches(4 * n * c * hw * sizeof(T))), online_(online(n)) {
+        fetch_(kBackward == (x.pixel != 1) && exceeds_caches((kBackward ? 4 : 1) * n * c * hw * sizeof(T))),
+        online_(online()) {
     memory_ = static_cast<A*>(context.workspace(context, n * size() * sizeof(A)));
   }
 
@@ -102,19 +103,22 @@ class ContextPool {
  private:
   int64_t size() const { return K * c_ + 3 * chunks.count + (weight_ ? hw_ : 0) + chunks.count * K * c_; }
 
-  // How many pixels are pooled at once, so that the first cache holds them. Of planes, whose short pieces are slow to
-  // read, above all from the memory, 0: then a chunk is read twice.
+  // How many pixels are pooled at once, so that the first cache holds them, by the sizes of a sample only. 0 where a chunk
+  // is read twice: planes of which short pieces would be left, and those of two maps.
   static constexpr int64_t kMostOnline = 256;
-  int64_t online(int64_t n) const {
+  int64_t online() const {
     constexpr int64_t L = kLanes<T>;
     const int64_t bytes = c_ * sizeof(T);
-    if (x_.pixel != 1) return fetch_ ? L : std::clamp<int64_t>((24 << 10) / bytes / L * L, L, kMostOnline);
+    if (x_.pixel != 1) return std::clamp<int64_t>((24 << 10) / bytes / L * L, L, kMostOnline);
     const int64_t most = std::min<int64_t>((32 << 10) / bytes, 128) / L * L;
-    return most * sizeof(T) < 256 || exceeds_caches(n * bytes * hw_) ? 0 : most;
+    return kBackward || most * sizeof(T) < 256 ? 0 : most;
   }
 
   // 1 at the maximum, and nothing far below it.
   static Vec<A> exp_below(Vec<A> v) { return v < -87 ? Vec<A>{} : exp(v); }
+
+  // What is taken off logits: where all are -Inf, their exponentials are 0.
+  static A taken_off(A maximum) { return maximum == -std::numeric_limits<A>::infinity() ? A(0) : maximum; }
 
   // From logits to exp(logit - maximum); leaves the maximum and the sum.
   static void exponentials(A* z, int64_t pixels, A* numbers) {
@@ -123,7 +127,7 @@ class ContextPool {
     for_lanes<A>(pixels, [&](int64_t p, auto lanes) { most = max_or_nan(most, load(z + p, lanes, lowest)); });
     const A maximum = max_lanes(most);
     for_lanes<A>(pixels, [&](int64_t p, auto lanes) {
-      const Vec<A> e = exp_below(load(z + p, lanes, lowest) - maximum);
+      const Vec<A> e = exp_below(load(z + p, lanes, lowest) - taken_off(maximum));
       store(z + p, e, lanes);
       total += e;
     });
@@ -198,7 +202,7 @@ class ContextPool {
         maximum = most;
       }
       for_lanes<A>(count, [&](int64_t j, auto lanes) {
-        const Vec<A> e = exp_below(load(z + p + j, lanes, lowest) - maximum);
+        const Vec<A> e = exp_below(load(z + p + j, lanes, lowest) - taken_off(maximum));
         store(weights + j, e, lanes);
         total += e;
       });
@@ -207,7 +211,9 @@ class ContextPool {
     numbers[0] = maximum;
     numbers[1] = sum_lanes(total);
     if (!kBackward) return;
-    for_lanes<A>(pixels, [=](int64_t p, auto lanes) { store(z + p, exp_below(load(z + p, lanes) - maximum), lanes); });
+    for_lanes<A>(pixels, [=, top = taken_off(maximum)](int64_t p, auto lanes) {
+      store(z + p, exp_below(load(z + p, lanes) - top), lanes);
+    });
   }
 
   void pool_rows(int64_t i, int64_t first, int64_t pixels, A* z, A* numbers, A* out) const {
@@ -219,7 +225,7 @@ class ContextPool {
         [=, this](int64_t p, int64_t count, A* logits) {
           if (fetch_) fetch_rows(g + p * grad_step, grad_step, count, c_);
           weigh_channels<false>(x + p * step, x_, count, c_, weight_, static_cast<const A*>(nullptr), bias_, logits);
-          if (fetch_) fetch_rows(x + (p + L) * step, step, std::min<int64_t>(L, last - p - count), c_);
+          if (fetch_) fetch_rows(x + (p + count) * step, step, std::min(count, last - p - count), c_);
         },
         [=, this](int64_t p, int64_t count, const A* weights) {
           by_rows<L>(count, [=, this]<int S>(int64_t j, std::integral_constant<int, S>) CONVBLOCKS_LOOP {
@@ -228,12 +234,12 @@ class ContextPool {
         });
   }
 
-  // A channel has a vector for each sum, whose lanes are added up at the end.
+  // Not in the backward. A channel has a vector, whose lanes are added up at the end.
   void pool_planes(int64_t i, int64_t first, int64_t pixels, A* z, A* numbers, A* out) const {
     constexpr int L = kLanes<A>;
-    const Scratch<A> scratch(K * c_ * L);
+    const Scratch<A> scratch(c_ * L);
     A* const sums = scratch.data();
-    const T *const x = row<T>(x_, i, 0), *const g = kBackward ? row<T>(grad_, i, 0) : x;
+    const T* const x = row<T>(x_, i, 0);
     // Calls f(pixel, vectors, lanes) for some vectors of pixels.
     const auto by_vectors = [](int64_t count, auto f) CONVBLOCKS_LOOP {
       int64_t p = 0;
@@ -241,9 +247,11 @@ class ContextPool {
       for (; p + L <= count; p += L) f(p, std::integral_constant<int, 1>{}, Full{});
       if (p < count) f(p, std::integral_constant<int, 1>{}, static_cast<int>(count - p));
     };
+    const int64_t last = first + pixels;
     pool_online(
         first, pixels, z, numbers, sums, c_ * L,
         [=, this](int64_t at, int64_t count, A* logits) {
+          if (fetch_) fetch_rows(x + at + count, x_.channel, c_, std::min(count, last - at - count));
           by_vectors(count, [=, this, c = c_, step = x_.channel, w = weight_, bias = bias_]<int S>(
                                 int64_t p, std::integral_constant<int, S>, auto lanes) CONVBLOCKS_LOOP {
             Vec<A> v[S];
@@ -257,31 +265,25 @@ class ContextPool {
           });
         },
         [=, this](int64_t at, int64_t count, const A* weights) {
-          by_vectors(count, [=, this, c = c_, step = x_.channel, grad_step = grad_.channel]<int S>(
-                                int64_t p, std::integral_constant<int, S>, auto lanes) CONVBLOCKS_LOOP {
+          by_vectors(count, [=, this, c = c_, step = x_.channel]<int S>(int64_t p, std::integral_constant<int, S>,
+                                                                        auto lanes) CONVBLOCKS_LOOP {
             Vec<A> e[S];
             for (int s = 0; s < S; s++) e[s] = load(weights + p + s * L, lanes);
-            const T *from = x + at + p, *grad = g + at + p;
+            const T* from = x + at + p;
             A* to = sums;
-            for (int64_t k = 0; k < c; k++, from += step, grad += grad_step, to += L) {
-              Vecs<A, K> acc{};
+            for (int64_t k = 0; k < c; k++, from += step, to += L) {
+              Vec<A> sum{};
 #pragma GCC unroll 4
-              for (int s = 0; s < S; s++) {
-                const Vecs<A, K> t =
-                    terms<true>(load(from + s * L, lanes), kBackward ? load(grad + s * L, lanes) : Vec<A>{}, e[s]);
-                for (int j = 0; j < K; j++) acc[j] += t[j];
-              }
-              for (int j = 0; j < K; j++) store(to + j * c * L, load(to + j * c * L) + acc[j]);
+              for (int s = 0; s < S; s++) sum += load(from + s * L, lanes) * e[s];
+              store(to, load(to) + sum);
             }
           });
         });
     for (int64_t channel = 0; channel < c_; channel += L) {
       const auto channels = static_cast<int>(std::min<int64_t>(L, c_ - channel));
-      for (int k = 0; k < K; k++) {
-        Vec<A> of_channels[L]{};
-        for (int j = 0; j < channels; j++) of_channels[j] = load(sums + (k * c_ + channel + j) * L);
-        store(out + k * c_ + channel, sum_each(of_channels), channels);
-      }
+      Vec<A> of_channels[L]{};
+      for (int j = 0; j < channels; j++) of_channels[j] = load(sums + (channel + j) * L);
+      store(out + channel, sum_each(of_channels), channels);
     }
   }
 
@@ -333,7 +335,7 @@ class ContextPool {
     if (K > 1) add(c_, (K - 1) * c_, std::false_type{});
   }
 
-  const bool fetch_;  // channels_last maps so large that little of them is in the last cache, which others use, too
+  const bool fetch_;  // maps so large that little of them is in the last cache, which others use, too
   const int64_t online_;
   A* memory_;
 };

@@ -1,4 +1,4 @@
-// The gradients of the depthwise convolution on the CPU, in one pass; of a few planes, in one for each.
+// The gradients of the depthwise convolution on the CPU, in one pass; of few planes, or with pixels in the lanes, in two.
 #include "depthwise.h"
 #include "depthwise_planes_backward.h"
 #include "dispatch.h"
@@ -187,24 +187,31 @@ struct Backward : Depthwise<T> {
   bool run_on_planes([[maybe_unused]] const DepthwiseConv2dBackwardArgs& a) const {
 #if defined(__AVX2__)
     if constexpr (std::is_same_v<T, float>) {
-      const bool few = activation == Activation::none && few_planes_fit(shape, weight, a.grad, a.x, a.grad_x);
-      if (!few && !each_plane_fits(shape, weight, a.grad, a.x, a.grad_x)) return false;
       const int64_t pixels = shape.out_h * shape.out_w;
-      const int64_t cut = few ? std::clamp<int64_t>(pixels / kPlanePiece, 1, shape.out_h) : 1;
-      const int64_t samples = few ? 1 : std::clamp<int64_t>(kChunk / pixels, 1, shape.n);
-      const int64_t pieces = (shape.n + samples - 1) / samples * cut, blocks = groups();
-      A* sums = static_cast<A*>(context.workspace(context, pieces * blocks * block * sizeof(A)));
-      if (few)
-        correlate_planes(context, shape, a.grad, a.x, cut, sums);
-      else
-        planes_backward(context, shape, weight, bias, activation, a.grad, a.x, a.grad_x, samples, sums);
-      for (int64_t i = 0; i < pieces * blocks; i++) {
-        const Vec<A> totals = load(sums + i * block + taps * L, lanes(i % blocks));
-        if (!std::isfinite(sum_lanes(totals * 0))) return false;
+      const auto finished = [&](int64_t pieces, auto compute) {
+        const int64_t blocks = groups();
+        A* sums = static_cast<A*>(context.workspace(context, pieces * blocks * block * sizeof(A)));
+        compute(sums);
+        for (int64_t i = 0; i < pieces * blocks; i++) {
+          const Vec<A> totals = load(sums + i * block + taps * L, lanes(i % blocks));
+          if (!std::isfinite(sum_lanes(totals * 0))) return false;
+        }
+        finish(pieces, blocks, false, sums, static_cast<A*>(a.grad_weight), static_cast<A*>(a.grad_bias));
+        return true;
+      };
+      if (activation == Activation::none && few_planes_fit(shape, weight, a.grad, a.x, a.grad_x)) {
+        const int64_t cut = std::clamp<int64_t>(pixels / kPlanePiece, 1, shape.out_h);
+        return finished(shape.n * cut, [&](A* sums) {
+          correlate_planes(context, shape, a.grad, a.x, cut, sums);
+          convolve_reversed(context, shape, weight, a.grad, a.grad_x);
+        });
       }
-      if (few) convolve_reversed(context, shape, weight, a.grad, a.grad_x);
-      finish(pieces, blocks, false, sums, static_cast<A*>(a.grad_weight), static_cast<A*>(a.grad_bias));
-      return true;
+      if (each_plane_fits(shape, weight, a.grad, a.x, a.grad_x)) {
+        const int64_t samples = std::clamp<int64_t>(kChunk / pixels, 1, shape.n);
+        return finished((shape.n + samples - 1) / samples, [&](A* sums) {
+          planes_backward(context, shape, weight, bias, activation, a.grad, a.x, a.grad_x, samples, sums);
+        });
+      }
     }
 #endif
     return false;

@@ -86,9 +86,10 @@ struct Forward : Depthwise<T> {
   void run(const Map& x, const Map& y, void* to) const {
     A* sums = static_cast<A*>(to);
     const bool overlap = in_place({x, y});
-    if (!overlap && std::is_same_v<T, float> && planes_fit(shape, x, y))
-      return convolve_planes(context, shape, reinterpret_cast<const float*>(weight),
-                             reinterpret_cast<const float*>(bias), activation, x, y, reinterpret_cast<float*>(sums));
+    if constexpr (std::is_same_v<T, float>) {
+      if (!overlap && planes_fit(shape, x, y) && has_finite_weights(shape, weight))
+        return convolve_planes(context, shape, weight, bias, activation, x, y, sums);
+    }
     const int64_t cut = !overlap ? gathered_bands() : sums ? sum_bands() : shape.out_h;
     const int64_t blocks = groups() * shape.multiplier;
     A* bands = sums ? static_cast<A*>(context.workspace(context, shape.n * cut * blocks * L * sizeof(A))) : nullptr;

@@ -26,6 +26,12 @@ inline bool planes_fit(const DepthwiseConv2dShape& s, const Map& x, const Map& y
          x.pixel == 1 && y.pixel == 1;
 }
 
+// One that is not would make NaN of the zeros in lanes that are out of the map.
+inline bool has_finite_weights(const DepthwiseConv2dShape& s, const float* weight) {
+  const auto zeros = [=](int64_t i, auto lanes) CONVBLOCKS_LOOP { return Vecs<float, 1>{load(weight + i, lanes) * 0}; };
+  return reduce_plane<float, 1>(s.c * s.multiplier * s.kernel_h * s.kernel_w, zeros)[0] == 0;
+}
+
 // P planes share a vector: where they are narrow, two of AVX-512. K is the size of the filter.
 template <int P, int K>
 struct Planes {
@@ -63,12 +69,9 @@ struct Planes {
     return (VecF)_mm512_maskz_mov_ps(P == 1 ? mask : mask | mask << kWidth, (__m512)v);
   }
   void store(int64_t offset, VecF v, Mask mask, int64_t) const {
-    if constexpr (P == 1) {
-      _mm512_mask_storeu_ps(out[0] + offset, mask, (__m512)v);
-    } else {
-      _mm256_mask_storeu_ps(out[0] + offset, mask, _mm512_castps512_ps256((__m512)v));
-      _mm256_mask_storeu_ps(out[P - 1] + offset, mask, _mm512_extractf32x8_ps((__m512)v, 1));
-    }
+    _mm512_mask_storeu_ps(out[0] + offset, mask, (__m512)v);
+    // Not the upper half by itself: compilers make that an instruction that touches lanes out of the mask.
+    if constexpr (P == 2) _mm512_mask_storeu_ps(out[1] + offset - kWidth, mask << kWidth, (__m512)v);
   }
 
 #else
@@ -91,8 +94,8 @@ struct Planes {
   }
 #endif
 
-  // Tap j of the window of column t meets column t * STRIDE + `column` + j of the map. Which of them are there, for met():
-  // made once for all rows.
+  // Tap j of the window of column t meets column t * STRIDE + `column` + j of the map. Which of these are there, for each
+  // load of met(): made once for all rows.
   using Masks = Mask[K + 1];
   template <int STRIDE>
   CONVBLOCKS_LOOP void masks(int64_t column, Masks& mask) const {
@@ -102,7 +105,7 @@ struct Planes {
 #if defined(__AVX512F__)
       mask[j] = inside(column + (kTwoLoads<STRIDE> ? 16 * j : j), STRIDE * kWidth);
 #else
-      mask[j] = inside(column + (STRIDE == 2 && j % 2 ? j + 7 : j), kWidth);
+      mask[j] = inside(column + (STRIDE == 2 && j % 2 ? j - 1 + kWidth : j), kWidth);  // odd: the second of two loads
 #endif
     }
   }
@@ -219,7 +222,7 @@ struct Planes {
   }
 };
 
-// Of the plane that is read next.
+// Prefetches a plane that is read soon.
 inline void fetch_plane(const float* from, int64_t pixels) {
   for (int64_t p = 0; p < pixels; p += 64 / sizeof(float)) __builtin_prefetch(from + p, 0, 2);
 }
@@ -229,8 +232,8 @@ void convolve_planes(const Context& context, const DepthwiseConv2dShape& s, cons
                      Activation activation, const Map& x, const Map& y, float* sums) {
   const int64_t planes = s.c * s.multiplier, groups = (planes + P - 1) / P;
   const int64_t grain = std::max<int64_t>(1, 4096 / (s.out_h * s.out_w * P));
-  // Where planes are not read in order, which the processor foresees.
-  const bool far = kBytes == 64 && exceeds_caches(s.n * planes * s.h * s.w * sizeof(float));
+  // With AVX-512 a plane is read down its columns, which processors do not foresee.
+  const bool far = kBytes == 64 && exceeds_caches(s.n * s.c * s.h * s.w * sizeof(float));
   parallel_for(context, s.n * groups, grain, [&](int64_t begin, int64_t end) {
     Planes<P, K> group;
     group.h = s.h, group.w = s.w, group.out_h = s.out_h, group.out_w = s.out_w, group.top = s.top, group.left = s.left;
@@ -240,11 +243,14 @@ void convolve_planes(const Context& context, const DepthwiseConv2dShape& s, cons
       CONVBLOCKS_UNROLL
       for (int p = 0; p < P; p++) {
         const int64_t plane = std::min(i % groups * P + p, planes - 1);  // an odd last one is computed twice
-        group.in[p] = static_cast<const float*>(x.data) + sample * x.batch + plane / s.multiplier * x.channel;
+        const auto in = [&](int64_t of) {
+          return static_cast<const float*>(x.data) + sample * x.batch + of / s.multiplier * x.channel;
+        };
+        group.in[p] = in(plane);
         group.out[p] = static_cast<float*>(y.data) + sample * y.batch + plane * y.channel;
         group.weight[p] = weight + plane * K * K;
         group.bias[p] = bias ? bias[plane] : 0;
-        if (far) fetch_plane(group.in[p] + P * x.channel, s.h * s.w);
+        if (far && plane + P < planes) fetch_plane(in(plane + P), s.h * s.w);
         group.sums[p] = sums ? sums + sample * planes + plane : nullptr;
       }
       s.stride_w == 1 ? group.template convolve<1>() : group.template convolve<2>();
@@ -267,6 +273,7 @@ inline void convolve_planes(const Context& context, const DepthwiseConv2dShape& 
 }
 #else
 inline bool planes_fit(const DepthwiseConv2dShape&, const Map&, const Map&) { return false; }
+inline bool has_finite_weights(const DepthwiseConv2dShape&, const float*) { return false; }
 inline void convolve_planes(const Context&, const DepthwiseConv2dShape&, const float*, const float*, Activation,
                             const Map&, const Map&, float*) {}
 #endif

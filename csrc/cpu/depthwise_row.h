@@ -131,7 +131,7 @@ void convolve_row(const Row<S, D>& r, int64_t channels) {
     if (r.stride == 2) return convolve_tiles<S, D, K, 2>(r, channels);
     convolve_tiles<S, D, 0, 0>(r, channels);
   };
-  // What a gradient meets of a kernel of 3 with stride 2.
+  // A pixel meets so many taps of a kernel of 3 with stride 2.
   if (dense && r.stride == 1 && r.taps == 1) return convolve_tiles<S, D, 1, 1>(r, channels);
   if (dense && r.stride == 1 && r.taps == 2) return convolve_tiles<S, D, 2, 1>(r, channels);
   if (dense && r.taps == 3) return strided(std::integral_constant<int, 3>{});

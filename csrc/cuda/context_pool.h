@@ -170,10 +170,11 @@ __global__ void __launch_bounds__(kContextThreads, 2)
       const A shift = bias ? 0 * bias[0] : A(0);
       A most = maximum;
       for (int p = 0; p < pixels; p++) most = Max()(most, e[p] + shift);
-      rescale = std::exp(maximum - most);
+      const A taken_off = most == A(-INFINITY) ? A(0) : most;  // all of these have exponentials of 0
+      rescale = std::exp(maximum - taken_off);
       maximum = most;
       __syncthreads();
-      if (threadIdx.x < static_cast<unsigned>(pixels)) e[threadIdx.x] = std::exp(e[threadIdx.x] + shift - most);
+      if (threadIdx.x < static_cast<unsigned>(pixels)) e[threadIdx.x] = std::exp(e[threadIdx.x] + shift - taken_off);
       __syncthreads();
       A sum = 0;
       for (int p = 0; p < pixels; p++) sum += e[p];

@@ -96,7 +96,7 @@ def test_a_gradient_that_is_nan_reaches_taps_in_the_padding(backend: str, device
     ],
 )
 @pytest.mark.parametrize("strange", [None, "x", "weight", "grad"])
-def test_gradients_of_planes(
+def test_planes(
     kernel: int, channels: int, stride: int, activation: str, strange: str | None, backend: str, device: str
 ) -> None:
     """As in float64, which has no such way, also of what is not finite."""
@@ -113,6 +113,21 @@ def test_gradients_of_planes(
             a, w = (values[name].to(dtype).requires_grad_() for name in ("x", "weight"))
             bias = torch.zeros(channels, device=device, dtype=dtype, requires_grad=True)
             y = depthwise_conv2d(a, w, bias, stride=stride, padding="same", activation=activation)
-            results.append(torch.autograd.grad(y, (a, w, bias), values["grad"].to(dtype)))
+            results.append((y, *torch.autograd.grad(y, (a, w, bias), values["grad"].to(dtype))))
         for got, expected in zip(*results, strict=True):
             torch.testing.assert_close(got, expected.float(), rtol=1e-5, atol=1e-3, equal_nan=True)
+
+
+@pytest.mark.parametrize("backend", ["cpu"], indirect=True)
+@pytest.mark.parametrize("stride", [1, 2])
+def test_a_sample_is_as_it_is_alone(stride: int, backend: str, device: str) -> None:
+    """Among so many that the caches do not hold them."""
+    x = torch.randn(64, 16, 112, 112, device=device)
+    weight = torch.randn(16, 1, 3, 3, device=device)
+    results = []
+    for some in (x, x[:1]):
+        some = some.clone().requires_grad_()
+        y = depthwise_conv2d(some, weight, stride=stride, padding=1)
+        results.append((y, *torch.autograd.grad(y, some, torch.ones_like(y))))
+    for all_of_it, one in zip(*results, strict=True):
+        assert torch.equal(all_of_it[:1], one)

@@ -13,7 +13,7 @@ from torch import Tensor
 from convblocks.accuracy import run
 from convblocks.opinfo import OPS
 from convblocks.ops import global_context
-from tests.ops.common import accuracy, both_layouts
+from tests.ops.common import accuracy, both_layouts, once
 
 
 def _timm(m: Any, x: Tensor) -> Tensor:
@@ -63,6 +63,33 @@ def test_logits_that_rise_and_fall(rise: int, layout: str, backend: str, device:
     results = run(info.op, sample, grad)
     assert all(r.isfinite().all() for r in results)
     assert not accuracy(info, sample, results, grad)
+
+
+@both_layouts
+def test_logits_of_no_attention(layout: str, backend: str, device: str) -> None:
+    """They overflow to -Inf in so many pixels that some chunks have no others."""
+    info = OPS["global_context"]
+    sample = info.sample((2, 8, 40, 41), layout=layout, device=device)
+    x, attn_weight, *rest = sample.args
+    with torch.no_grad():
+        x[:, 0].flatten(1)[:, :1600] = -3e38
+        attn_weight.flatten()[0] = 10
+    y = info.op(x, attn_weight, *rest, **sample.kwargs)
+    exact = info.reference(*(t if t is None else t.double() for t in sample.args), **sample.kwargs)
+    torch.testing.assert_close(y, exact.float(), rtol=1e-4, atol=1e-4)
+
+
+@once
+@pytest.mark.parametrize("backend", ["cpu"], indirect=True)
+@both_layouts
+def test_a_sample_is_as_it_is_alone(layout: str, backend: str, device: str) -> None:
+    """Among so many that the caches do not hold them."""
+    info = OPS["global_context"]
+    sample = info.sample((128, 64, 28, 28), layout=layout, device=device)
+    alone = sample.map_maps(lambda x: x[:1])
+    grad = info.gradient(sample)
+    for all_of_it, one in zip(run(info.op, sample, grad)[:2], run(info.op, alone, grad[:1])[:2], strict=True):
+        assert torch.equal(all_of_it[:1], one)
 
 
 def test_weights_of_linear_layers_and_of_convolutions_are_the_same(backend: str, device: str) -> None:
