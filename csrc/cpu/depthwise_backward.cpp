@@ -1,4 +1,5 @@
-// The gradients of the depthwise convolution on the CPU, in one pass; of few planes, or with pixels in the lanes, in two.
+// The gradients of the depthwise convolution on the CPU: in one pass with channels in the lanes, in two, of each plane or
+// of all, with pixels in them.
 #include "depthwise.h"
 #include "depthwise_planes_backward.h"
 #include "dispatch.h"
