@@ -31,13 +31,56 @@ void choose(Activation activation, const Map& residual, F f) {
   with(activation);
 }
 
+// How many planes of a sample, side by side, are written as one row: so many that few vectors are parts of one, where
+// planes are short and the activation takes so long that a scale and a shift for each value cost less. Else 0.
+template <class T>
+int64_t planes_of_row(const ScaleShiftActArgs& a) {
+  constexpr int64_t L = kLanes<T>;
+  const Activation k = a.activation;
+  const bool slow = k == Activation::silu || k == Activation::gelu || k == Activation::gelu_tanh;
+  if (!slow || a.x.pixel != 1 || a.hw % L == 0 || a.hw > 4 * L) return 0;
+  const bool dense = a.x.channel == a.hw && a.y.channel == a.hw && (!a.residual.data || a.residual.channel == a.hw);
+  return dense ? 1024 / a.hw : 0;
+}
+
 template <class T>
 void forward(const Context& context, const ScaleShiftActArgs& a) {
   using A = Acc<T>;
   const A *scales = widened<A>(context, a.channels.scale, a.channels.dtype, a.c),
           *shifts = widened<A>(context, a.channels.shift, a.channels.dtype, a.c);
   const bool far = a.x.data != a.y.data && exceeds_caches(a.n * a.c * a.hw * sizeof(T));
+  const int64_t planes = planes_of_row<T>(a);
   choose<T>(a.activation, a.residual, [&]<class R>(auto activation, R) {
+    // `size` values that have a scale and a shift each.
+    const auto write = [far, activation](T* y, const T* x, const T* residual, int64_t size, const A* scale,
+                                         const A* shift) CONVBLOCKS_LOOP {
+      write_row<T>(y, size, far, [=](int64_t i, auto lanes) CONVBLOCKS_LOOP {
+        Vec<A> z = load(x + i, lanes) * load(scale + i, lanes) + load(shift + i, lanes);
+        if constexpr (R::value) z += load(residual + i, lanes);
+        return activate(z, activation);
+      });
+    };
+    if (planes) {
+      const int64_t values = planes * a.hw;
+      parallel_for(context, (a.c + planes - 1) / planes, std::max<int64_t>(1, 16384 / (a.n * values)),
+                   [&](int64_t begin, int64_t end) {
+                     const Scratch<A> scratch(2 * values);
+                     A *const scale = scratch.data(), *const shift = scale + values;
+                     for (int64_t c = begin * planes; c < std::min(a.c, end * planes); c += planes) {
+                       const int64_t count = std::min(planes, a.c - c);
+                       for (int64_t i = 0; i < count; i++) {
+                         std::fill_n(scale + i * a.hw, a.hw, scales[c + i]);
+                         std::fill_n(shift + i * a.hw, a.hw, shifts[c + i]);
+                       }
+                       for (int64_t sample = 0; sample < a.n; sample++) {
+                         const T *x = at<T>(a.x, sample, c), *residual = R::value ? at<T>(a.residual, sample, c) : x;
+                         write(at<T>(a.y, sample, c), x, residual, count * a.hw, scale, shift);
+                       }
+                     }
+                     finish_stores();
+                   });
+      return;
+    }
     if (a.x.pixel == 1) {
       parallel_for(context, a.n * a.c, std::max<int64_t>(1, 16384 / a.hw), [&](int64_t begin, int64_t end) {
         for (int64_t plane = begin; plane < end; plane++) {
@@ -58,11 +101,7 @@ void forward(const Context& context, const ScaleShiftActArgs& a) {
       for (int64_t pixel = begin; pixel < end; pixel++) {
         const int64_t sample = pixel / a.hw, p = pixel % a.hw;
         const T *x = at<T>(a.x, sample, 0, p), *residual = R::value ? at<T>(a.residual, sample, 0, p) : x;
-        write_row<T>(at<T>(a.y, sample, 0, p), a.c, far, [=](int64_t i, auto lanes) CONVBLOCKS_LOOP {
-          Vec<A> z = load(x + i, lanes) * load(scales + i, lanes) + load(shifts + i, lanes);
-          if constexpr (R::value) z += load(residual + i, lanes);
-          return activate(z, activation);
-        });
+        write(at<T>(a.y, sample, 0, p), x, residual, a.c, scales, shifts);
       }
       finish_stores();
     });

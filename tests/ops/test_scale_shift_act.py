@@ -53,6 +53,27 @@ def test_other_inputs_in_the_memory_of_the_input(layout: torch.memory_format, ba
     assert torch.equal(whole[:, 9:], rest)
 
 
+@pytest.mark.parametrize("activation", ["relu", "silu", "gelu", "gelu_tanh"])
+@pytest.mark.parametrize("height, width", [(7, 7), (3, 5), (1, 1)])
+def test_short_planes(height: int, width: int, activation: str, backend: str, device: str) -> None:
+    """Planes that end in a part of a vector, which the CPU takes together; of a sample the same in any batch."""
+    whole = torch.randn(5, 120, height, width, device=device)
+    x, residual = whole[:, 7:107], torch.randn(5, 100, height, width, device=device)
+    scale, shift = torch.randn(2, 100, device=device)
+    y = scale_shift_act(x, scale, shift, activation=activation, residual=residual)
+    torch.testing.assert_close(y, reference(x, scale, shift, residual, activation))
+    alone = [
+        scale_shift_act(x[i : i + 1], scale, shift, activation=activation, residual=residual[i : i + 1])
+        for i in range(5)
+    ]
+    if backend == "cpu":
+        assert torch.equal(y, torch.cat(alone))
+    before = whole.clone()
+    scale_shift_act(x, scale, shift, activation=activation, residual=residual, inplace=True)
+    before[:, 7:107] = y
+    assert torch.equal(whole, before)
+
+
 @pytest.mark.parametrize("size", [(0, 9, 6, 5), (2, 9, 0, 5)])
 def test_nothing_in_place(size: tuple[int, ...], backend: str, device: str) -> None:
     x, (scale, shift) = torch.randn(size, device=device), _channels(device)
