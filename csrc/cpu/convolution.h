@@ -14,10 +14,11 @@ namespace convblocks::cpu {
 
 // The pixels of a group are taken V vectors of output channels at a time, kGroup / V of them: what the registers hold.
 // kPanel: how many vectors if there are enough.
+// kLine: of a line, where taps share what is read.
 #if defined(__AVX512F__)
-constexpr int kGroup = 24, kPanel = 4;
+constexpr int kGroup = 24, kPanel = 4, kLine = 14;
 #else
-constexpr int kGroup = 12, kPanel = 2;
+constexpr int kGroup = 12, kPanel = 2, kLine = 7;
 #endif
 constexpr int kMost = std::max(3, kPanel);
 
@@ -25,29 +26,6 @@ constexpr int kMost = std::max(3, kPanel);
 constexpr int64_t kPackedBytes = 384 << 10, kPixelBytes = 128 << 10, kNearBytes = 16 << 10;
 // Sums of more terms are built from sums of so many, which lose less to rounding.
 constexpr int64_t kTerms = 512;
-
-// to[column][row] = from[row][column]; so many elements from one row to the next.
-template <class A>
-void transpose_into(const A* from, int64_t from_stride, int64_t rows, int64_t columns, A* to, int64_t to_stride) {
-  constexpr int L = kLanes<A>;
-  for (int64_t i = 0; i < rows; i += L) {
-    const int height = static_cast<int>(std::min<int64_t>(L, rows - i));
-    for_lanes<A>(columns, [=](int64_t j, auto lanes) CONVBLOCKS_LOOP {
-      const int64_t width = std::min<int64_t>(L, columns - j);
-      Vec<A> v[L];
-#pragma GCC unroll 16
-      for (int l = 0; l < L; l++) v[l] = l < height ? load(from + (i + l) * from_stride + j, lanes) : Vec<A>{};
-      transpose<A>(v);
-      A* const at = to + j * to_stride + i;
-      for (int64_t l = 0; l < width; l++) {
-        if (height == L)
-          store(at + l * to_stride, v[l]);
-        else
-          store(at + l * to_stride, v[l], height);
-      }
-    });
-  }
-}
 
 template <class A>
 class Convolution {
@@ -67,6 +45,8 @@ class Convolution {
     edges_ = {0, a.out_w};
     if (!gathers_) cut_columns();
     ahead_ = gathers_ ? 0 : kGroup * a.stride_w * a.x.pixel;
+    by_lines_ = gathers_ && a.kernel_w == 3 && a.stride_w == 1 && vectors() == 1 && terms() <= kTerms;
+    if (by_lines_) block_ = std::max<int64_t>(1, block_ / a.out_w) * a.out_w;
   }
 
   // Whether there is input that no tap meets, which a copy of lines need not have.
@@ -123,13 +103,13 @@ class Convolution {
   void run(int64_t first, int64_t last, const A* packed, int64_t begin, int64_t end) {
     const int64_t hw = a.out_h * a.out_w;
     zeros_.resize(length_);
-    runs_of_.resize(block_ * runs_);
+    runs_of_.resize((block_ + kGroup) * runs_);
     outputs_.resize(block_);
     if (terms() > kTerms) sums_ = std::make_unique_for_overwrite<A[]>(block_ * kMost * L);
     const int64_t channel = start(first) * L, channels = std::min(a.out_c, start(last) * L) - channel;
     if (a.planes) exchanged_ = std::make_unique_for_overwrite<A[]>(block_ * vectors() * L);
     for (int64_t at = begin, stop; at < end; at = stop) {
-      stop = std::min({end, at + block_, (at / hw + 1) * hw});
+      stop = std::min({end, by_lines_ ? at / a.out_w * a.out_w + block_ : at + block_, (at / hw + 1) * hw});
       const int64_t sample = at / hw, pixel = at % hw, row_size = vectors() * L;
       locate(sample, pixel, stop - at);
       if (a.planes && a.residual.data) {
@@ -140,7 +120,9 @@ class Convolution {
         const int count = static_cast<int>(std::min<int64_t>(kGroup, stop - at - p));
         columns(panel, packed + packed_at(first, panel), term, p, count);
       };
-      if (terms() <= kTerms && packed_at(first, last) * int64_t(sizeof(A)) <= kNearBytes) {
+      if (by_lines_) {
+        lines(packed, pixel, stop - at);
+      } else if (terms() <= kTerms && packed_at(first, last) * int64_t(sizeof(A)) <= kNearBytes) {
         for (int64_t p = 0; p < stop - at; p += kGroup) {
           for (int64_t i = first; i < last; i++) group(i, 0, p);
         }
@@ -189,6 +171,7 @@ class Convolution {
     const A* const map = row<const A>(a.x, sample, 0);
     if (gathers_) {
       gather(sample, line, last);
+      if (by_lines_) return each_pixel(sample, first, count, [](int64_t, int64_t, const A**) {});
       each_pixel(sample, first, count, [this, line](int64_t h, int64_t w, const A** to) {
         const A* from = gathered_.get() + ((h - line) * a.stride_h * width_ + w * a.stride_w) * a.c;
         for (int64_t i = 0; i < runs_; i++) to[i * kGroup] = from + i * a.dilation_h * width_ * a.c;
@@ -242,7 +225,8 @@ class Convolution {
     const int64_t top = first * a.stride_h - a.top,
                   lines = (last - first) * a.stride_h + (a.kernel_h - 1) * a.dilation_h + 1,
                   kept = std::clamp<int64_t>(width_ - a.left, 0, a.w), size = lines * width_ * a.c;
-    if (size > gathered_size_) gathered_ = std::make_unique_for_overwrite<A[]>(gathered_size_ = size);
+    const int64_t room = size + kLine * a.c;  // what the last of a line may read, for nothing
+    if (room > gathered_size_) gathered_ = std::make_unique_for_overwrite<A[]>(gathered_size_ = room);
     A* to = gathered_.get();
     const auto skip = [&](int64_t pixels) { to = std::fill_n(to, pixels * a.c, A(0)); };
     for (int64_t h = top; h < top + lines; h++) {
@@ -267,23 +251,63 @@ class Convolution {
     }
   }
 
-  // `count` pixels of a group, of the output channels of a panel: the frequent activations, which need few registers, as
-  // constants.
+  // The frequent activations, which need few registers, as constants.
+  template <class F>
+  void with_activation(F f) const {
+    switch (a.activation) {
+      case Activation::none: return f(std::integral_constant<Activation, Activation::none>{});
+      case Activation::relu: return f(std::integral_constant<Activation, Activation::relu>{});
+      case Activation::relu6: return f(std::integral_constant<Activation, Activation::relu6>{});
+      default: return f(a.activation);
+    }
+  }
+
+  // `count` pixels of a sample, from `first` on, of a kernel 3 wide and one vector of output channels: of a value of the
+  // input, read once, all three taps that it has in a line.
+  void lines(const A* weights, int64_t first, int64_t count) const {
+    with_activation([&](auto activation) {
+      for (int64_t at = first; at < first + count;) {
+        const int64_t h = at / a.out_w, w = at % a.out_w, left = std::min(first + count - at, a.out_w - w);
+        const A* const from = gathered_.get() + ((h - first / a.out_w) * a.stride_h * width_ + w) * a.c;
+        const int pixels = static_cast<int>(std::min<int64_t>(left, kLine));
+        if (pixels > kLine / 2)
+          line<kLine>(from, weights, at - first, pixels, activation);
+        else
+          line<(kLine + 1) / 2>(from, weights, at - first, pixels, activation);
+        at += pixels;
+      }
+    });
+  }
+  template <int R, class Kind>
+  void line(const A* from, const A* weights, int64_t pixel, int count, Kind activation) const {
+    Vec<A> acc[R][1]{};
+    const int64_t c = a.c;
+    for (int64_t i = 0; i < a.kernel_h; i++, from += a.dilation_h * width_ * c, weights += 3 * c * L) {
+      for (int64_t j = 0; j < c; j++) {
+        const Vec<A> w[3] = {load(weights + j * L), load(weights + (j + c) * L), load(weights + (j + 2 * c) * L)};
+        const A* at = from + j;
+#pragma GCC unroll 16
+        for (int r = 0; r < R + 2; r++, at += c) {
+          const Vec<A> value = splat<Vec<A>>(*at);
+          if (r < R) acc[r][0] += value * w[0];
+          if (r >= 1 && r <= R) acc[r - 1][0] += value * w[1];
+          if (r >= 2) acc[r - 2][0] += value * w[2];
+        }
+      }
+    }
+    finish<R, 1>(acc, 0, pixel, count, activation);
+  }
+
+  // `count` pixels of a group, of the output channels of a panel.
   void columns(int64_t panel, const A* weights, int64_t term, int64_t pixel, int count) const {
-    const auto with = [&](auto activation) {
+    with_activation([&](auto activation) {
       switch (width(panel)) {
         case 1: return rows<1>(panel, weights, term, pixel, count, activation);
         case 2: return rows<2>(panel, weights, term, pixel, count, activation);
         case 3: return rows<3>(panel, weights, term, pixel, count, activation);
         default: return rows<kMost>(panel, weights, term, pixel, count, activation);
       }
-    };
-    switch (a.activation) {
-      case Activation::none: return with(std::integral_constant<Activation, Activation::none>{});
-      case Activation::relu: return with(std::integral_constant<Activation, Activation::relu>{});
-      case Activation::relu6: return with(std::integral_constant<Activation, Activation::relu6>{});
-      default: return with(a.activation);
-    }
+    });
   }
 
   template <int V, class Kind>
@@ -357,6 +381,12 @@ class Convolution {
       }
       return;
     }
+    finish<R, V>(acc, o, pixel, count, activation);
+  }
+
+  // The output of some pixels from their sums.
+  template <int R, int V, class Kind>
+  void finish(Vec<A> (&acc)[R][V], int64_t o, int64_t pixel, int count, Kind activation) const {
     const A* const shift = a.shift ? static_cast<const A*>(a.shift) + o : nullptr;
     const Output* const outputs = &outputs_[pixel];
 #pragma GCC unroll 4
@@ -382,6 +412,7 @@ class Convolution {
 
   const DenseConv2dArgs& a;
   bool exchanges_, gathers_;  // planes of the input with channels; input in a copy
+  bool by_lines_;             // pixels of a line by themselves, whose taps share what is read
   bool is_finite_ = true;     // of the weights laid out last
   int64_t runs_, length_;     // of memory that a pixel of the output is made of
   int64_t width_;             // of the padded input

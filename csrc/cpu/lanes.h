@@ -34,6 +34,29 @@ inline void transpose(Vec<A>* v) {
   transpose_step<A, 1>(v);
 }
 
+// to[column][row] = from[row][column]; so many elements from one row to the next.
+template <class A>
+void transpose_into(const A* from, int64_t from_stride, int64_t rows, int64_t columns, A* to, int64_t to_stride) {
+  constexpr int L = kLanes<A>;
+  for (int64_t i = 0; i < rows; i += L) {
+    const int height = static_cast<int>(std::min<int64_t>(L, rows - i));
+    for_lanes<A>(columns, [=](int64_t j, auto lanes) CONVBLOCKS_LOOP {
+      const int64_t width = std::min<int64_t>(L, columns - j);
+      Vec<A> v[L];
+#pragma GCC unroll 16
+      for (int l = 0; l < L; l++) v[l] = l < height ? load(from + (i + l) * from_stride + j, lanes) : Vec<A>{};
+      transpose<A>(v);
+      A* const at = to + j * to_stride + i;
+      for (int64_t l = 0; l < width; l++) {
+        if (height == L)
+          store(at + l * to_stride, v[l]);
+        else
+          store(at + l * to_stride, v[l], height);
+      }
+    });
+  }
+}
+
 // The channels of a sample that share vectors, by their strides; the lanes from `count` on are zero.
 template <class T>
 struct LaneMap {
