@@ -14,11 +14,11 @@ namespace convblocks::cpu {
 
 // The pixels of a group are taken V vectors of output channels at a time, kGroup / V of them: what the registers hold.
 // kPanel: how many vectors if there are enough.
-// kLine: of a line, where taps share what is read.
+// kLine: of a line, where taps share what is read, of up to kLineVectors.
 #if defined(__AVX512F__)
-constexpr int kGroup = 24, kPanel = 4, kLine = 14;
+constexpr int kGroup = 24, kPanel = 4, kLine = 14, kLineVectors = 2;
 #else
-constexpr int kGroup = 12, kPanel = 2, kLine = 7;
+constexpr int kGroup = 12, kPanel = 2, kLine = 7, kLineVectors = 1;
 #endif
 constexpr int kMost = std::max(3, kPanel);
 
@@ -45,7 +45,7 @@ class Convolution {
     edges_ = {0, a.out_w};
     if (!gathers_) cut_columns();
     ahead_ = gathers_ ? 0 : kGroup * a.stride_w * a.x.pixel;
-    by_lines_ = gathers_ && a.kernel_w == 3 && a.stride_w == 1 && vectors() == 1 && terms() <= kTerms;
+    by_lines_ = gathers_ && a.kernel_w == 3 && a.stride_w == 1 && vectors() <= kLineVectors && terms() <= kTerms;
     if (by_lines_) block_ = std::max<int64_t>(1, block_ / a.out_w) * a.out_w;
   }
 
@@ -262,40 +262,50 @@ class Convolution {
     }
   }
 
-  // `count` pixels of a sample, from `first` on, of a kernel 3 wide and one vector of output channels: of a value of the
+  // `count` pixels of a sample, from `first` on, of a kernel 3 wide and few output channels: of a value of the
   // input, read once, all three taps that it has in a line.
   void lines(const A* weights, int64_t first, int64_t count) const {
     with_activation([&](auto activation) {
       for (int64_t at = first; at < first + count;) {
         const int64_t h = at / a.out_w, w = at % a.out_w, left = std::min(first + count - at, a.out_w - w);
         const A* const from = gathered_.get() + ((h - first / a.out_w) * a.stride_h * width_ + w) * a.c;
-        const int pixels = static_cast<int>(std::min<int64_t>(left, kLine));
-        if (pixels > kLine / 2)
-          line<kLine>(from, weights, at - first, pixels, activation);
+        const int most = vectors() == 1 ? kLine : kLine / 2, pixels = static_cast<int>(std::min<int64_t>(left, most));
+        if (vectors() == 2)
+          line<kLineVectors, kLine / 2>(from, weights, at - first, pixels, activation);
+        else if (pixels > kLine / 2)
+          line<1, kLine>(from, weights, at - first, pixels, activation);
         else
-          line<(kLine + 1) / 2>(from, weights, at - first, pixels, activation);
+          line<1, (kLine + 1) / 2>(from, weights, at - first, pixels, activation);
         at += pixels;
       }
     });
   }
-  template <int R, class Kind>
+  template <int V, int R, class Kind>
   void line(const A* from, const A* weights, int64_t pixel, int count, Kind activation) const {
-    Vec<A> acc[R][1]{};
+    Vec<A> acc[R][V]{};
     const int64_t c = a.c;
-    for (int64_t i = 0; i < a.kernel_h; i++, from += a.dilation_h * width_ * c, weights += 3 * c * L) {
+    for (int64_t i = 0; i < a.kernel_h; i++, from += a.dilation_h * width_ * c, weights += 3 * c * V * L) {
       for (int64_t j = 0; j < c; j++) {
-        const Vec<A> w[3] = {load(weights + j * L), load(weights + (j + c) * L), load(weights + (j + 2 * c) * L)};
+        Vec<A> w[3][V];
+#pragma GCC unroll 3
+        for (int k = 0; k < 3; k++) {
+#pragma GCC unroll 3
+          for (int v = 0; v < V; v++) w[k][v] = load(weights + ((k * c + j) * V + v) * L);
+        }
         const A* at = from + j;
 #pragma GCC unroll 16
         for (int r = 0; r < R + 2; r++, at += c) {
           const Vec<A> value = splat<Vec<A>>(*at);
-          if (r < R) acc[r][0] += value * w[0];
-          if (r >= 1 && r <= R) acc[r - 1][0] += value * w[1];
-          if (r >= 2) acc[r - 2][0] += value * w[2];
+#pragma GCC unroll 3
+          for (int v = 0; v < V; v++) {
+            if (r < R) acc[r][v] += value * w[0][v];
+            if (r >= 1 && r <= R) acc[r - 1][v] += value * w[1][v];
+            if (r >= 2) acc[r - 2][v] += value * w[2][v];
+          }
         }
       }
     }
-    finish<R, 1>(acc, 0, pixel, count, activation);
+    finish<R, V>(acc, 0, pixel, count, activation);
   }
 
   // `count` pixels of a group, of the output channels of a panel.
