@@ -45,9 +45,6 @@ struct Planes {
   float* sums[P];  // of the results of each plane; or null
 
 #if defined(__AVX512F__)
-  // The taps of a row meet two vectors, shifted.
-  template <int STRIDE>
-  static constexpr bool kTwoLoads = STRIDE == 1 && P == 1 && K > 3;
   // The lanes from `begin` to `end` of so many.
   static Mask lanes(int64_t begin, int64_t end, int width) {
     begin = std::clamp<int64_t>(begin, 0, width);
@@ -97,13 +94,21 @@ struct Planes {
   // Tap j of the window of column t meets column t * STRIDE + `column` + j of the map. Which of these are there, for each
   // load of met(): made once for all rows.
   using Masks = Mask[K + 1];
+#if defined(__AVX512F__)
+  // Loads that cross a line of the cache take twice as long: a row is loaded once, and shifted. Of each plane so many
+  // columns, then a few more; or 0, where planes are narrow and each tap loads what it meets.
+  template <int STRIDE>
+  static constexpr int kSpan = P == 1        ? 16 * STRIDE
+                               : STRIDE == 1 ? 0
+                                             : 16;
+#endif
   template <int STRIDE>
   CONVBLOCKS_LOOP void masks(int64_t column, Masks& mask) const {
     const auto inside = [&](int64_t first, int width) { return lanes(-first, w - first, width); };
     CONVBLOCKS_UNROLL
     for (int j = 0; j <= K; j++) {
 #if defined(__AVX512F__)
-      mask[j] = inside(column + (kTwoLoads<STRIDE> ? 16 * j : j), STRIDE * kWidth);
+      mask[j] = kSpan<STRIDE> ? inside(column + kSpan<STRIDE> * j, kSpan<STRIDE>) : inside(column + j, kWidth);
 #else
       mask[j] = inside(column + (STRIDE == 2 && j % 2 ? j - 1 + kWidth : j), kWidth);  // odd: the second of two loads
 #endif
@@ -128,29 +133,43 @@ struct Planes {
       }
     }
 #else
-    if constexpr (kTwoLoads<STRIDE>) {
-      const __m512i a = (__m512i)load(at, mask[0]), b = (__m512i)load(at + 16, mask[1]);
-      const auto shifted = [&]<int... j>(std::integer_sequence<int, j...>) {
-        ((x[j] = (VecF)_mm512_alignr_epi32(b, a, j)), ...);
-      };
-      shifted(std::make_integer_sequence<int, K>{});
+    const auto columns = [&](int p, int64_t from, Mask m)
+                             CONVBLOCKS_LOOP { return _mm512_maskz_loadu_ps(m, in[p] + at + from); };
+    const auto after = [&](int p) CONVBLOCKS_LOOP {
+      return _mm512_castps256_ps512(_mm256_maskz_loadu_ps(mask[1], in[p] + at + kSpan<STRIDE>));
+    };
+    // Which of the columns of two vectors tap j meets; P == 2: of the planes, one in each.
+    const auto picked = [](int j) CONVBLOCKS_LOOP {
+      const VecI lane{0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15};
+      return (__m512i)(P == 1 ? lane * STRIDE + j : (lane & 7) * STRIDE + (lane >> 3) * 16 + j);
+    };
+    const auto each = [&](auto tap) CONVBLOCKS_LOOP {
+      const auto all = [&]<int... j>(std::integer_sequence<int, j...>)
+                           CONVBLOCKS_LOOP { ((x[j] = (VecF)tap(std::integral_constant<int, j>{})), ...); };
+      all(std::make_integer_sequence<int, K>{});
+    };
+    if constexpr (P == 1 && STRIDE == 1) {
+      const __m512i a = (__m512i)columns(0, 0, mask[0]), b = (__m512i)after(0);
+      each([=]<int j>(std::integral_constant<int, j>) { return _mm512_alignr_epi32(b, a, j); });
+    } else if constexpr (P == 1) {
+      const __m512 a = columns(0, 0, mask[0]), b = columns(0, 16, mask[0] >> 16), c = after(0);
+      const __m512 some[2] = {_mm512_permutex2var_ps(a, picked(0), b), _mm512_permutex2var_ps(a, picked(1), b)};
+      const __m512 more[2] = {K == 3 ? c : _mm512_permutexvar_ps(picked(0), c), _mm512_permutexvar_ps(picked(1), c)};
+      each([&]<int j>(std::integral_constant<int, j>) {
+        return _mm512_alignr_epi32((__m512i)more[j % 2], (__m512i)some[j % 2], j / 2);
+      });
     } else if constexpr (STRIDE == 1) {
       CONVBLOCKS_UNROLL
       for (int j = 0; j < K; j++) x[j] = load(at + j, mask[j]);
     } else {
-      // Twice as many columns, of the other plane where there are two, from which every second one is taken.
-      const auto wide = [&](int64_t offset, uint32_t mask, int part) {
-        const float* from = P == 1 ? in[0] + part * 16 : in[part * (P - 1)];
-        return _mm512_maskz_loadu_ps(P == 1 ? mask >> part * 16 : mask, from + offset);
-      };
-      const __m512i evens = _mm512_setr_epi32(0, 2, 4, 6, 8, 10, 12, 14, 16, 18, 20, 22, 24, 26, 28, 30);
-      const __m512i odds = _mm512_add_epi32(evens, _mm512_set1_epi32(1));
-      CONVBLOCKS_UNROLL
-      for (int j = 0; j < K; j += 2) {
-        const __m512 a = wide(at + j, mask[j], 0), b = wide(at + j, mask[j], 1);
-        x[j] = (VecF)_mm512_permutex2var_ps(a, evens, b);
-        if (j + 1 < K) x[j + 1] = (VecF)_mm512_permutex2var_ps(a, odds, b);
-      }
+      const __m512 a = columns(0, 0, mask[0]), b = columns(P - 1, 0, mask[0]);
+      const __m512 c = after(0), d = after(P - 1);
+      each([=]<int j>(std::integral_constant<int, j>) {
+        // Lanes whose column is past the first 16.
+        constexpr __mmask16 past = j < 2 ? 0 : 0x0101 * (0xff & ~(0xff >> (j / 2)));
+        const __m512 v = _mm512_permutex2var_ps(a, picked(j), b);
+        return past ? _mm512_mask_mov_ps(v, past, _mm512_permutex2var_ps(c, picked(j - 16), d)) : v;
+      });
     }
 #endif
   }
