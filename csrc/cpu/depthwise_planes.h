@@ -41,7 +41,8 @@ struct Planes {
   const float* weight[P];
   float bias[P];
   int64_t h, w, out_h, out_w, top, left;
-  Activation activation;
+  // `later`: of a whole plane, while it is in a cache. Rows that end in a part of a vector would take longer.
+  Activation activation = Activation::none, later = Activation::none;
   float* sums[P];  // of the results of each plane; or null
 
 #if defined(__AVX512F__)
@@ -174,6 +175,16 @@ struct Planes {
 #endif
   }
 
+  // The sum, too: of the zeros past the end these activations make zeros.
+  __attribute__((noinline)) float activate_plane() const {
+    return reduce_plane<float, 1>(out_h * out_w,
+                                  [to = out[0], activation = later](int64_t i, auto lanes) CONVBLOCKS_LOOP {
+                                    const VecF v = activate(cpu::load(to + i, lanes), activation);
+                                    cpu::store(to + i, v, lanes);
+                                    return Vecs<float, 1>{v};
+                                  })[0];
+  }
+
   template <int STRIDE>
   CONVBLOCKS_LOOP void convolve() const {
     VecF tap[K * K];
@@ -231,6 +242,11 @@ struct Planes {
       }
     }
 #endif
+    if (later != Activation::none) {
+      const float sum = activate_plane();
+      if (sums[0]) *sums[0] = sum;
+      return;
+    }
     if (!sums[0]) return;
     CONVBLOCKS_UNROLL
     for (int p = 0; p < P; p++) {
@@ -256,7 +272,9 @@ void convolve_planes(const Context& context, const DepthwiseConv2dShape& s, cons
   parallel_for(context, s.n * groups, grain, [&](int64_t begin, int64_t end) {
     Planes<P, K> group;
     group.h = s.h, group.w = s.w, group.out_h = s.out_h, group.out_w = s.out_w, group.top = s.top, group.left = s.left;
-    group.activation = activation;
+    // Those that activate_tile does not make in registers.
+    const bool later = P == 1 && activation > Activation::relu6 && s.out_h * s.out_w <= 1 << 16;
+    group.activation = later ? Activation::none : activation, group.later = later ? activation : Activation::none;
     for (int64_t i = begin; i < end; i++) {
       const int64_t sample = i / groups;
       CONVBLOCKS_UNROLL

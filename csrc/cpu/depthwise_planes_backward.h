@@ -181,7 +181,6 @@ void planes_backward(const Context& context, const DepthwiseConv2dShape& s, cons
     const Scratch<float> scratch(2 * pixels);
     Planes<1, K> map, by, back;  // the map, its gradient that came, and the convolution of that
     map.h = s.h, map.w = s.w, map.out_h = s.out_h, map.out_w = s.out_w, map.top = s.top, map.left = s.left;
-    map.activation = back.activation = Activation::none;
     map.sums[0] = back.sums[0] = nullptr;
     map.out[0] = scratch.data();
     by.h = s.out_h, by.w = s.out_w;
