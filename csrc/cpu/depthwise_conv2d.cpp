@@ -22,12 +22,26 @@ struct Forward : Depthwise<T> {
                       A* own = sums ? sums + (i * groups() + p.first_block) * L : nullptr;
                       if (sums) std::fill_n(own, p.blocks * L, A(0));
                       for (int64_t row = shape.out_h * band / cut; row < shape.out_h * (band + 1) / cut; row++) {
-                        auto r = forward_row(row, in, 0, x.pixel, packed, out + row * shape.out_w * y.pixel, y.pixel);
+                        T* const to = out + row * shape.out_w * y.pixel;
+                        auto r = forward_row(row, in, 0, x.pixel, packed, to, y.pixel);
+                        const bool later = sizeof(T) >= 4 && !sums && activates_later();
+                        if (later) r.activation = Activation::none;
                         r.sums = sums ? packed + p.blocks * block : nullptr;
                         convolve_with_sums(r, p.channels, own, p.blocks);
+                        if (later) activate_row(to, y.pixel, p.channels);
                       }
                     }
                   });
+  }
+  // Whether the activation takes less time of a row than of a tile: one that activate_tile does not make in registers.
+  bool activates_later() const { return activation > Activation::relu6 && activation != Activation::none; }
+  template <class D>
+  __attribute__((noinline)) void activate_row(D* row, int64_t pixel, int64_t channels) const {
+    const int64_t rows = pixel == channels ? 1 : shape.out_w, size = shape.out_w * channels / rows;
+    for (int64_t i = 0; i < rows; i++, row += pixel) {
+      for_lanes<D>(size, [row, activation = activation](int64_t i, auto lanes)
+                             CONVBLOCKS_LOOP { store(row + i, activate(load(row + i, lanes), activation), lanes); });
+    }
   }
   // A row's own sums are added to `sums` when they are whole: sums of many terms are built from sums of few.
   template <class S, class D>
@@ -58,9 +72,13 @@ struct Forward : Depthwise<T> {
           A* own = sums ? sums + (((sample * cut + band) * groups() + group) * shape.multiplier + j) * L : nullptr;
           if (sums) std::fill_n(own, L, A(0));
           for (int64_t row = first; row < stop; row++) {
-            auto r = forward_row(row, in, in_first, L, packed, out + (row - first) * shape.out_w * L, L);
+            A* const to = out + (row - first) * shape.out_w * L;
+            auto r = forward_row(row, in, in_first, L, packed, to, L);
+            const bool later = !sums && activates_later();
+            if (later) r.activation = Activation::none;
             r.sums = sums ? row_sums : nullptr;
             convolve_with_sums(r, L, own, 1);
+            if (later) activate_row(to, L, L);
           }
           scatter_lanes<T>(out, this->template results_of<T>(y, sample, group, j), first * shape.out_w,
                            stop * shape.out_w);
