@@ -63,6 +63,21 @@ struct Backward : Depthwise<T> {
     return {shape.h * index / cut, shape.h * (index + 1) / cut, shape.out_h * index / cut,
             shape.out_h * (index + 1) / cut};
   }
+  // And all rows that these need, of the gradient that came and of the map.
+  struct Needed {
+    Band own;
+    int64_t out_first, out_stop, in_first, in_stop;
+  };
+  Needed needed(int64_t index, int64_t cut) const {
+    Needed r;
+    r.own = band(index, cut);
+    std::tie(r.out_first, r.out_stop) = rows.reached_by(r.own.in_first, r.own.in_stop);
+    if (r.out_first >= r.out_stop) r.out_first = r.own.out_first, r.out_stop = r.own.out_stop;
+    if (r.own.out_first < r.own.out_stop)
+      r.out_first = std::min(r.out_first, r.own.out_first), r.out_stop = std::max(r.out_stop, r.own.out_stop);
+    std::tie(r.in_first, r.in_stop) = rows.met_by(r.out_first, r.out_stop);
+    return r;
+  }
   // The sums of a piece of work are added up, from samples that share it and from bands that do not, in an order that
   // only the sizes decide.
   int64_t samples() const { return std::max<int64_t>(1, kChunk / (shape.out_h * shape.out_w)); }
@@ -70,52 +85,62 @@ struct Backward : Depthwise<T> {
 
   void backward_in_place(const Map& grad, const Map& x, const Map& grad_x, int64_t cut, A* sums) const {
     const int64_t items = chunks() * cut;
-    for_each_part(
-        items, 4 * context.threads / items, 1, [&](const Part& p, const A* packed, int64_t begin, int64_t end) {
-          const auto at = [&](const Map& map, int64_t sample) {
-            return static_cast<T*>(map.data) + sample * map.batch + p.channel;
+    const bool active = activation != Activation::none;
+    int64_t inner_pixels = 0;
+    for (int64_t i = 0; active && i < cut; i++) {
+      const Needed r = needed(i, cut);
+      inner_pixels = std::max(inner_pixels, (r.out_stop - r.out_first) * shape.out_w);
+    }
+    const int64_t parts = std::max<int64_t>(4 * context.threads / items,
+                                            inner_pixels * shape.c * int64_t(sizeof(A)) / kBandBytes + active);
+    const int64_t room_for_inner = inner_pixels * ((groups() + parts - 1) / std::max<int64_t>(1, parts) + 1) * L;
+    for_each_part(items, parts, 1, room_for_inner, [&](const Part& p, A* packed, int64_t begin, int64_t end) {
+      const auto at = [&](const Map& map, int64_t sample) {
+        return static_cast<T*>(map.data) + sample * map.batch + p.channel;
+      };
+      for (int64_t item = begin; item < end; item++) {
+        A* own = sums + (item * groups() + p.first_block) * block;
+        std::fill_n(own, p.blocks * block, A(0));
+        const Needed r = needed(item % cut, cut);
+        const Band b = r.own;
+        const int64_t first = item / cut * samples(), stop = std::min(shape.n, first + samples());
+        for (int64_t sample = first; sample < stop; sample++) {
+          const T* const in = at(x, sample);
+          const auto gradients = [&](const auto* g, int64_t g_first, int64_t g_pixel) {
+            int64_t row = b.out_first;
+            const auto weights = [&](int64_t until) {  // while the rows that they need are in a cache
+              for (; row < until; row++)
+                weight_row(row, in, 0, x.pixel, g + (row - g_first) * shape.out_w * g_pixel, g_pixel, own, p.channels);
+            };
+            for (int64_t in_row = b.in_first; in_row < b.in_stop; in_row++) {
+              backward_row(in_row, g, g_first, g_pixel, packed, at(grad_x, sample) + in_row * shape.w * grad_x.pixel,
+                           grad_x.pixel, p.channels, false);
+              weights(std::min(b.out_stop, in_row * shape.out_h / shape.h));
+            }
+            weights(b.out_stop);
           };
-          for (int64_t item = begin; item < end; item++) {
-            A* own = sums + (item * groups() + p.first_block) * block;
-            std::fill_n(own, p.blocks * block, A(0));
-            const Band b = band(item % cut, cut);
-            const int64_t first = item / cut * samples(), stop = std::min(shape.n, first + samples());
-            for (int64_t sample = first; sample < stop; sample++) {
-              const T *g = at(grad, sample), *in = at(x, sample);
-              int64_t row = b.out_first;
-              const auto weights = [&](int64_t until) {  // while the rows that they need are in a cache
-                for (; row < until; row++)
-                  weight_row(row, in, 0, x.pixel, g + row * shape.out_w * grad.pixel, grad.pixel, own, p.channels);
-              };
-              for (int64_t in_row = b.in_first; in_row < b.in_stop; in_row++) {
-                backward_row(in_row, g, 0, grad.pixel, packed, at(grad_x, sample) + in_row * shape.w * grad_x.pixel,
-                             grad_x.pixel, p.channels, false);
-                weights(std::min(b.out_stop, in_row * shape.out_h / shape.h));
+          if constexpr (std::is_same_v<T, A>) {
+            if (active) {
+              A* const inner = packed + room();
+              for (int64_t row = r.out_first; row < r.out_stop; row++) {
+                A* const to = inner + (row - r.out_first) * shape.out_w * p.channels;
+                to_inner_gradient(row, in, x.pixel, 0, packed, at(grad, sample) + row * shape.out_w * grad.pixel,
+                                  grad.pixel, to, p.channels);
               }
-              weights(b.out_stop);
+              gradients(inner, r.out_first, p.channels);
+              continue;
             }
           }
-        });
+          gradients(at(grad, sample), 0, grad.pixel);
+        }
+      }
+    });
   }
 
   void backward_gathered(const Map& grad, const Map& x, const Map& grad_x, int64_t cut, A* sums) const {
-    struct Rows {
-      Band own;
-      int64_t out_first, out_stop, in_first, in_stop;  // of the gradient that came and of the map, all that is needed
-    };
-    const auto rows_of = [&](int64_t index) {
-      Rows r;
-      r.own = band(index, cut);
-      std::tie(r.out_first, r.out_stop) = rows.reached_by(r.own.in_first, r.own.in_stop);
-      if (r.out_first >= r.out_stop) r.out_first = r.own.out_first, r.out_stop = r.own.out_stop;
-      if (r.own.out_first < r.own.out_stop)
-        r.out_first = std::min(r.out_first, r.own.out_first), r.out_stop = std::max(r.out_stop, r.own.out_stop);
-      std::tie(r.in_first, r.in_stop) = rows.met_by(r.out_first, r.out_stop);
-      return r;
-    };
     int64_t outs = 0, ins = 0, owns = 0;
     for (int64_t i = 0; i < cut; i++) {
-      const Rows r = rows_of(i);
+      const Needed r = needed(i, cut);
       outs = std::max(outs, (r.out_stop - r.out_first) * shape.out_w * L);
       ins = std::max(ins, (r.in_stop - r.in_first) * shape.w * L);
       owns = std::max(owns, (r.own.in_stop - r.own.in_first) * shape.w * L);
@@ -126,7 +151,7 @@ struct Backward : Depthwise<T> {
       A *packed = scratch.data(), *g = packed + block, *in = g + outs, *gx = in + ins, *inner = gx + owns;
       for (int64_t item = begin; item < end; item++) {
         const int64_t chunk = item / groups() / cut, group = item % groups(), m = shape.multiplier;
-        const Rows r = rows_of(item / groups() % cut);
+        const Needed r = needed(item / groups() % cut, cut);
         A* own = sums + item * m * block;
         std::fill_n(own, m * block, A(0));
         for (int64_t sample = chunk * samples(); sample < std::min(shape.n, (chunk + 1) * samples()); sample++) {
@@ -136,11 +161,15 @@ struct Backward : Depthwise<T> {
             pack(group * L * m + j, lanes(group), packed);
             gather_lanes<T>(this->template results_of<const T>(grad, sample, group, j), r.out_first * shape.out_w,
                             r.out_stop * shape.out_w, g);
-            if (active) to_inner_gradient(r.out_first, r.out_stop, in, r.in_first, packed, inner, g);
+            for (int64_t row = r.out_first; active && row < r.out_stop; row++) {
+              const int64_t at = (row - r.out_first) * shape.out_w * L;
+              to_inner_gradient(row, in, L, r.in_first, packed, g + at, L, inner + at, L);
+            }
+            const A* const by = active ? inner : g;
             for (int64_t row = r.own.in_first; row < r.own.in_stop; row++)
-              backward_row(row, g, r.out_first, L, packed, gx + (row - r.own.in_first) * shape.w * L, L, L, j > 0);
+              backward_row(row, by, r.out_first, L, packed, gx + (row - r.own.in_first) * shape.w * L, L, L, j > 0);
             for (int64_t row = r.own.out_first; row < r.own.out_stop; row++)
-              weight_row(row, in, r.in_first, L, g + (row - r.out_first) * shape.out_w * L, L, own + j * block, L);
+              weight_row(row, in, r.in_first, L, by + (row - r.out_first) * shape.out_w * L, L, own + j * block, L);
           }
           scatter_lanes<T>(gx, this->template lanes_of<T>(grad_x, sample, group), r.own.in_first * shape.w,
                            r.own.in_stop * shape.w);
@@ -149,16 +178,18 @@ struct Backward : Depthwise<T> {
     });
   }
 
-  // From the gradient of what the activation made to that of what it was given.
-  void to_inner_gradient(int64_t first, int64_t stop, const A* in, int64_t in_first, const A* packed, A* inner,
-                         A* grad) const {
-    for (int64_t row = first; row < stop; row++) {
-      auto r = forward_row(row, in, in_first, L, packed, inner + (row - first) * shape.out_w * L, L);
-      r.activation = Activation::none;
-      convolve_row(r, L);
+  // A row, from the gradient of what the activation made to that of what it was given.
+  void to_inner_gradient(int64_t row, const A* in, int64_t in_pixel, int64_t in_first, const A* packed, const A* grad,
+                         int64_t grad_pixel, A* to, int64_t channels) const {
+    auto r = forward_row(row, in, in_first, in_pixel, packed, to, channels);
+    r.activation = Activation::none;
+    convolve_row(r, channels);
+    const int64_t rows = grad_pixel == channels ? 1 : shape.out_w, size = shape.out_w * channels / rows;
+    for (int64_t i = 0; i < rows; i++, to += channels, grad += grad_pixel) {
+      for_lanes<A>(size, [to, grad, activation = activation](int64_t i, auto lanes) CONVBLOCKS_LOOP {
+        store(to + i, activation_backward(load(grad + i, lanes), load(to + i, lanes), activation), lanes);
+      });
     }
-    for (int64_t i = 0; i < (stop - first) * shape.out_w * L; i += L)
-      store(grad + i, activation_backward(load(grad + i), load(inner + i), activation));
   }
 
   // Adds up the sums of all pieces of work.
@@ -220,7 +251,8 @@ struct Backward : Depthwise<T> {
 
   void run(const DepthwiseConv2dBackwardArgs& a) const {
     if (run_on_planes(a)) return;
-    const bool overlap = activation == Activation::none && in_place({a.grad, a.x, a.grad_x});
+    const bool kept = activation == Activation::none || std::is_same_v<T, A>;  // what is made of the gradient
+    const bool overlap = kept && in_place({a.grad, a.x, a.grad_x});
     const int64_t cut = overlap ? std::clamp<int64_t>(shape.out_h * shape.out_w / kChunk, 1, shape.out_h)
                                 : bands(std::max(shape.h, shape.out_h), L * 2 * (shape.w + shape.out_w));
     const int64_t blocks = groups() * shape.multiplier, pieces = chunks() * cut;

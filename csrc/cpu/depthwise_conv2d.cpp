@@ -13,7 +13,7 @@ struct Forward : Depthwise<T> {
   // A piece of work is a row; with sums, which are added up from those of the pieces, a band of rows.
   void forward_in_place(const Map& x, const Map& y, int64_t cut, A* sums) const {
     const int64_t items = shape.n * cut, elements = shape.out_w * shape.c;
-    for_each_part(items, items < 16 * context.threads ? context.threads : 1, std::max<int64_t>(1, 4096 / elements),
+    for_each_part(items, items < 16 * context.threads ? context.threads : 1, std::max<int64_t>(1, 4096 / elements), 0,
                   [&](const Part& p, A* packed, int64_t begin, int64_t end) {
                     for (int64_t i = begin; i < end; i++) {
                       const int64_t sample = i / cut, band = i % cut;
