@@ -89,20 +89,19 @@ struct Depthwise {
   void pack(const Part& p, A* to) const {
     for (int64_t b = 0; b < p.blocks; b++) pack(p.channel + std::min(b * L, p.channels - L), L, to + b * block);
   }
-  // Calls f(part, packed weights, begin, end) for parts and ranges of [0, items). Behind the weights there is room for a
-  // vector of each block, and from room() on for so much more.
-  int64_t room() const { return groups() * (block + L); }
+  // Calls f(part, its packed weights, memory, item) for all parts of all items. Threads share the items: if they shared the
+  // channels of a pixel, each would fetch what the other writes. The memory holds a vector of each block, and `more`.
   template <class F>
   void for_each_part(int64_t items, int64_t most_parts, int64_t grain, int64_t more, F f) const {
     const int64_t parts = std::clamp<int64_t>(most_parts, 1, (shape.c + L - 1) / L);
-    parallel_for(context, parts * items, grain, [&](int64_t begin, int64_t end) {
-      Scratch<A> packed(room() + more);
-      while (begin < end) {
-        const int64_t index = begin / items, stop = std::min(end, (index + 1) * items);
-        const Part p = part(index, parts);
-        pack(p, packed.data());
-        f(p, packed.data(), begin - index * items, stop - index * items);
-        begin = stop;
+    parallel_for(context, items * parts, grain, [&](int64_t begin, int64_t end) {
+      const Scratch<A> scratch(groups() * (block + L) + more);
+      A* const memory = scratch.data() + groups() * block;
+      for (int64_t i = begin; i < end; i++) {
+        const Part p = part(i % parts, parts);
+        A* const packed = scratch.data() + p.first_block * block;
+        if (i - begin < parts) pack(p, packed);
+        f(p, packed, memory, i / parts);
       }
     });
   }
@@ -142,7 +141,7 @@ struct Depthwise {
   using Base = Depthwise<T>;                                                                                      \
   using Base::Base, Base::L, Base::context, Base::shape, Base::activation, Base::rows, Base::columns, Base::taps, \
       Base::block, Base::weight, Base::bias, Base::pack, Base::forward_row, Base::in_place, Base::for_each_part,  \
-      Base::groups, Base::lanes, Base::room, Base::lanes_of, Base::results_of, Base::bands, Base::channels_of;    \
+      Base::groups, Base::lanes, Base::lanes_of, Base::results_of, Base::bands, Base::channels_of;                \
   using A = Base::A;                                                                                              \
   using Part = Base::Part;
 

@@ -80,7 +80,10 @@ struct Backward : Depthwise<T> {
   }
   // The sums of a piece of work are added up, from samples that share it and from bands that do not, in an order that
   // only the sizes decide.
-  int64_t samples() const { return std::max<int64_t>(1, kChunk / (shape.out_h * shape.out_w)); }
+  int64_t samples() const {
+    const int64_t most = std::max<int64_t>(1, kChunk / (shape.out_h * shape.out_w)), some = (shape.n + most - 1) / most;
+    return (shape.n + some - 1) / some;
+  }
   int64_t chunks() const { return (shape.n + samples() - 1) / samples(); }
 
   void backward_in_place(const Map& grad, const Map& x, const Map& grad_x, int64_t cut, A* sums) const {
@@ -94,45 +97,42 @@ struct Backward : Depthwise<T> {
     const int64_t parts = std::max<int64_t>(4 * context.threads / items,
                                             inner_pixels * shape.c * int64_t(sizeof(A)) / kBandBytes + active);
     const int64_t room_for_inner = inner_pixels * ((groups() + parts - 1) / std::max<int64_t>(1, parts) + 1) * L;
-    for_each_part(items, parts, 1, room_for_inner, [&](const Part& p, A* packed, int64_t begin, int64_t end) {
+    for_each_part(items, parts, 1, room_for_inner, [&](const Part& p, const A* packed, A* inner, int64_t item) {
       const auto at = [&](const Map& map, int64_t sample) {
         return static_cast<T*>(map.data) + sample * map.batch + p.channel;
       };
-      for (int64_t item = begin; item < end; item++) {
-        A* own = sums + (item * groups() + p.first_block) * block;
-        std::fill_n(own, p.blocks * block, A(0));
-        const Needed r = needed(item % cut, cut);
-        const Band b = r.own;
-        const int64_t first = item / cut * samples(), stop = std::min(shape.n, first + samples());
-        for (int64_t sample = first; sample < stop; sample++) {
-          const T* const in = at(x, sample);
-          const auto gradients = [&](const auto* g, int64_t g_first, int64_t g_pixel) {
-            int64_t row = b.out_first;
-            const auto weights = [&](int64_t until) {  // while the rows that they need are in a cache
-              for (; row < until; row++)
-                weight_row(row, in, 0, x.pixel, g + (row - g_first) * shape.out_w * g_pixel, g_pixel, own, p.channels);
-            };
-            for (int64_t in_row = b.in_first; in_row < b.in_stop; in_row++) {
-              backward_row(in_row, g, g_first, g_pixel, packed, at(grad_x, sample) + in_row * shape.w * grad_x.pixel,
-                           grad_x.pixel, p.channels, false);
-              weights(std::min(b.out_stop, in_row * shape.out_h / shape.h));
-            }
-            weights(b.out_stop);
+      A* own = sums + (item * groups() + p.first_block) * block;
+      std::fill_n(own, p.blocks * block, A(0));
+      const Needed r = needed(item % cut, cut);
+      const Band b = r.own;
+      const int64_t first = item / cut * samples(), stop = std::min(shape.n, first + samples());
+      for (int64_t sample = first; sample < stop; sample++) {
+        const T* const in = at(x, sample);
+        const auto gradients = [&](const auto* g, int64_t g_first, int64_t g_pixel) {
+          int64_t row = b.out_first;
+          const auto weights = [&](int64_t until) {  // while the rows that they need are in a cache
+            for (; row < until; row++)
+              weight_row(row, in, 0, x.pixel, g + (row - g_first) * shape.out_w * g_pixel, g_pixel, own, p.channels);
           };
-          if constexpr (std::is_same_v<T, A>) {
-            if (active) {
-              A* const inner = packed + room();
-              for (int64_t row = r.out_first; row < r.out_stop; row++) {
-                A* const to = inner + (row - r.out_first) * shape.out_w * p.channels;
-                to_inner_gradient(row, in, x.pixel, 0, packed, at(grad, sample) + row * shape.out_w * grad.pixel,
-                                  grad.pixel, to, p.channels);
-              }
-              gradients(inner, r.out_first, p.channels);
-              continue;
-            }
+          for (int64_t in_row = b.in_first; in_row < b.in_stop; in_row++) {
+            backward_row(in_row, g, g_first, g_pixel, packed, at(grad_x, sample) + in_row * shape.w * grad_x.pixel,
+                         grad_x.pixel, p.channels, false);
+            weights(std::min(b.out_stop, in_row * shape.out_h / shape.h));
           }
-          gradients(at(grad, sample), 0, grad.pixel);
+          weights(b.out_stop);
+        };
+        if constexpr (std::is_same_v<T, A>) {
+          if (active) {
+            for (int64_t row = r.out_first; row < r.out_stop; row++) {
+              A* const to = inner + (row - r.out_first) * shape.out_w * p.channels;
+              to_inner_gradient(row, in, x.pixel, 0, packed, at(grad, sample) + row * shape.out_w * grad.pixel,
+                                grad.pixel, to, p.channels);
+            }
+            gradients(inner, r.out_first, p.channels);
+            continue;
+          }
         }
+        gradients(at(grad, sample), 0, grad.pixel);
       }
     });
   }
@@ -253,7 +253,9 @@ struct Backward : Depthwise<T> {
     if (run_on_planes(a)) return;
     const bool kept = activation == Activation::none || std::is_same_v<T, A>;  // what is made of the gradient
     const bool overlap = kept && in_place({a.grad, a.x, a.grad_x});
-    const int64_t cut = overlap ? std::clamp<int64_t>(shape.out_h * shape.out_w / kChunk, 1, shape.out_h)
+    // Of few samples, so many that threads share rows and not the channels of each pixel.
+    const int64_t few = std::min<int64_t>(8 / shape.n, shape.out_h / (3 * shape.kernel_h));
+    const int64_t cut = overlap ? std::clamp<int64_t>(std::max(shape.out_h * shape.out_w / kChunk, few), 1, shape.out_h)
                                 : bands(std::max(shape.h, shape.out_h), L * 2 * (shape.w + shape.out_w));
     const int64_t blocks = groups() * shape.multiplier, pieces = chunks() * cut;
     A* sums = static_cast<A*>(context.workspace(context, pieces * blocks * block * sizeof(A)));

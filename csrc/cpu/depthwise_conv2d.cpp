@@ -14,22 +14,20 @@ struct Forward : Depthwise<T> {
   void forward_in_place(const Map& x, const Map& y, int64_t cut, A* sums) const {
     const int64_t items = shape.n * cut, elements = shape.out_w * shape.c;
     for_each_part(items, items < 16 * context.threads ? context.threads : 1, std::max<int64_t>(1, 4096 / elements), 0,
-                  [&](const Part& p, A* packed, int64_t begin, int64_t end) {
-                    for (int64_t i = begin; i < end; i++) {
-                      const int64_t sample = i / cut, band = i % cut;
-                      const T* in = static_cast<const T*>(x.data) + sample * x.batch + p.channel;
-                      T* out = static_cast<T*>(y.data) + sample * y.batch + p.channel;
-                      A* own = sums ? sums + (i * groups() + p.first_block) * L : nullptr;
-                      if (sums) std::fill_n(own, p.blocks * L, A(0));
-                      for (int64_t row = shape.out_h * band / cut; row < shape.out_h * (band + 1) / cut; row++) {
-                        T* const to = out + row * shape.out_w * y.pixel;
-                        auto r = forward_row(row, in, 0, x.pixel, packed, to, y.pixel);
-                        const bool later = sizeof(T) >= 4 && !sums && activates_later();
-                        if (later) r.activation = Activation::none;
-                        r.sums = sums ? packed + p.blocks * block : nullptr;
-                        convolve_with_sums(r, p.channels, own, p.blocks);
-                        if (later) activate_row(to, y.pixel, p.channels);
-                      }
+                  [&](const Part& p, const A* packed, A* memory, int64_t i) {
+                    const int64_t sample = i / cut, band = i % cut;
+                    const T* in = static_cast<const T*>(x.data) + sample * x.batch + p.channel;
+                    T* out = static_cast<T*>(y.data) + sample * y.batch + p.channel;
+                    A* own = sums ? sums + (i * groups() + p.first_block) * L : nullptr;
+                    if (sums) std::fill_n(own, p.blocks * L, A(0));
+                    const bool later = sizeof(T) >= 4 && !sums && activates_later();
+                    for (int64_t row = shape.out_h * band / cut; row < shape.out_h * (band + 1) / cut; row++) {
+                      T* const to = out + row * shape.out_w * y.pixel;
+                      auto r = forward_row(row, in, 0, x.pixel, packed, to, y.pixel);
+                      if (later) r.activation = Activation::none;
+                      r.sums = sums ? memory : nullptr;
+                      convolve_with_sums(r, p.channels, own, p.blocks);
+                      if (later) activate_row(to, y.pixel, p.channels);
                     }
                   });
   }
