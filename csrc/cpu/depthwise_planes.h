@@ -262,19 +262,28 @@ inline void fetch_plane(const float* from, int64_t pixels) {
   for (int64_t p = 0; p < pixels; p += 64 / sizeof(float)) __builtin_prefetch(from + p, 0, 2);
 }
 
+__attribute__((noinline)) inline void write_plane(const float* from, float* to, int64_t pixels, Activation activation) {
+  write_row<float>(to, pixels, true,
+                   [=](int64_t p, auto lanes) CONVBLOCKS_LOOP { return activate(load(from + p, lanes), activation); });
+}
+
 template <int P, int K>
 void convolve_planes(const Context& context, const DepthwiseConv2dShape& s, const float* weight, const float* bias,
                      Activation activation, const Map& x, const Map& y, float* sums) {
-  const int64_t planes = s.c * s.multiplier, groups = (planes + P - 1) / P;
-  const int64_t grain = std::max<int64_t>(1, 4096 / (s.out_h * s.out_w * P));
+  const int64_t planes = s.c * s.multiplier, groups = (planes + P - 1) / P, pixels = s.out_h * s.out_w;
+  const int64_t grain = std::max<int64_t>(1, 4096 / (pixels * P));
   // With AVX-512 a plane is read down its columns, which processors do not foresee.
   const bool far = kBytes == 64 && exceeds_caches(s.n * s.c * s.h * s.w * sizeof(float));
+  // Then it is made in the first cache, and goes from there past the others.
+  const bool past = P == 1 && far && !sums && pixels <= 8192;
   parallel_for(context, s.n * groups, grain, [&](int64_t begin, int64_t end) {
+    const Scratch<float> scratch(past ? pixels : 1);
     Planes<P, K> group;
     group.h = s.h, group.w = s.w, group.out_h = s.out_h, group.out_w = s.out_w, group.top = s.top, group.left = s.left;
     // Those that activate_tile does not make in registers.
-    const bool later = P == 1 && activation > Activation::relu6 && s.out_h * s.out_w <= 1 << 16;
-    group.activation = later ? Activation::none : activation, group.later = later ? activation : Activation::none;
+    const bool later = P == 1 && activation > Activation::relu6 && pixels <= 1 << 16;
+    group.activation = later || past ? Activation::none : activation;
+    group.later = later && !past ? activation : Activation::none;
     for (int64_t i = begin; i < end; i++) {
       const int64_t sample = i / groups;
       CONVBLOCKS_UNROLL
@@ -290,8 +299,12 @@ void convolve_planes(const Context& context, const DepthwiseConv2dShape& s, cons
         if (far && plane + P < planes) fetch_plane(in(plane + P), s.h * s.w);
         group.sums[p] = sums ? sums + sample * planes + plane : nullptr;
       }
+      float* const to = group.out[0];
+      if (past) group.out[0] = scratch.data();
       s.stride_w == 1 ? group.template convolve<1>() : group.template convolve<2>();
+      if (past) write_plane(scratch.data(), to, pixels, activation);
     }
+    finish_stores();
   });
 }
 
