@@ -103,7 +103,8 @@ struct Forward : Depthwise<T> {
     A* sums = static_cast<A*>(to);
     const bool overlap = in_place({x, y});
     if constexpr (std::is_same_v<T, float>) {
-      if (!overlap && planes_fit(shape, x, y) && has_finite_weights(shape, weight))
+      const bool slow = shape.out_w <= 8 && activates_later();  // as measured
+      if (!overlap && !slow && planes_fit(shape, x, y) && has_finite_weights(shape, weight))
         return convolve_planes(context, shape, weight, bias, activation, x, y, sums);
     }
     const int64_t cut = !overlap ? gathered_bands() : sums ? sum_bands() : shape.out_h;

@@ -16,7 +16,7 @@ using Mask = VecI;
 inline bool planes_fit(const DepthwiseConv2dShape& s, const Map& x, const Map& y) {
   const int64_t k = s.kernel_h;
 #if defined(__AVX512F__)
-  const bool filter = k == s.kernel_w && (k == 3 || k == 5 || (k == 7 && s.out_w > 8));  // else measured to be slower
+  const bool filter = k == s.kernel_w && (k == 3 || ((k == 5 || k == 7) && s.out_w > 8));  // else measured to be slower
 #else
   const bool few = (k == 3 || k == 5 || k == 7) && s.c * s.multiplier <= 2 && s.out_w > 16;
   const bool filter =
