@@ -6,21 +6,10 @@
 #include <algorithm>
 #include <vector>
 
-#include "../dense_conv2d.h"
-#include "gate.h"
+#include "convolution_tile.h"
 #include "lanes.h"
 
 namespace convblocks::cpu {
-
-// The pixels of a group are taken V vectors of output channels at a time, kGroup / V of them: what the registers hold.
-// kPanel: how many vectors if there are enough.
-// kLine: of a line, where taps share what is read, of up to kLineVectors.
-#if defined(__AVX512F__)
-constexpr int kGroup = 24, kPanel = 4, kLine = 14, kLineVectors = 2;
-#else
-constexpr int kGroup = 12, kPanel = 2, kLine = 7, kLineVectors = 1;
-#endif
-constexpr int kMost = std::max(3, kPanel);
 
 // Of weights and of input that are used together, and of weights that are in the first cache with all else.
 constexpr int64_t kPackedBytes = 384 << 10, kPixelBytes = 128 << 10, kNearBytes = 16 << 10;
@@ -141,11 +130,6 @@ class Convolution {
   }
 
  private:
-  struct Output {
-    A* y;
-    const A* residual;
-  };
-
   void cut_columns() {
     for (int64_t j = 0; j < a.kernel_w; j++) {  // where the tap begins to meet the input, and ends to
       const int64_t to_left = a.left - j * a.dilation_w;
@@ -262,8 +246,7 @@ class Convolution {
     }
   }
 
-  // `count` pixels of a sample, from `first` on, of a kernel 3 wide and few output channels: of a value of the
-  // input, read once, all three taps that it has in a line.
+  // `count` pixels of a sample, from `first` on, of a kernel 3 wide and few output channels.
   void lines(const A* weights, int64_t first, int64_t count) const {
     with_activation([&](auto activation) {
       for (int64_t at = first; at < first + count;) {
@@ -283,29 +266,8 @@ class Convolution {
   template <int V, int R, class Kind>
   void line(const A* from, const A* weights, int64_t pixel, int count, Kind activation) const {
     Vec<A> acc[R][V]{};
-    const int64_t c = a.c;
-    for (int64_t i = 0; i < a.kernel_h; i++, from += a.dilation_h * width_ * c, weights += 3 * c * V * L) {
-      for (int64_t j = 0; j < c; j++) {
-        Vec<A> w[3][V];
-#pragma GCC unroll 3
-        for (int k = 0; k < 3; k++) {
-#pragma GCC unroll 3
-          for (int v = 0; v < V; v++) w[k][v] = load(weights + ((k * c + j) * V + v) * L);
-        }
-        const A* at = from + j;
-#pragma GCC unroll 16
-        for (int r = 0; r < R + 2; r++, at += c) {
-          const Vec<A> value = splat<Vec<A>>(*at);
-#pragma GCC unroll 3
-          for (int v = 0; v < V; v++) {
-            if (r < R) acc[r][v] += value * w[0][v];
-            if (r >= 1 && r <= R) acc[r - 1][v] += value * w[1][v];
-            if (r >= 2) acc[r - 2][v] += value * w[2][v];
-          }
-        }
-      }
-    }
-    finish<R, V>(acc, 0, pixel, count, activation);
+    sum_line<A>(acc, from, weights, a.c, a.kernel_h, a.dilation_h * width_ * a.c);
+    finish_tile(acc, a, 0, &outputs_[pixel], count, activation);
   }
 
   // `count` pixels of a group, of the output channels of a panel.
@@ -391,33 +353,7 @@ class Convolution {
       }
       return;
     }
-    finish<R, V>(acc, o, pixel, count, activation);
-  }
-
-  // The output of some pixels from their sums.
-  template <int R, int V, class Kind>
-  void finish(Vec<A> (&acc)[R][V], int64_t o, int64_t pixel, int count, Kind activation) const {
-    const A* const shift = a.shift ? static_cast<const A*>(a.shift) + o : nullptr;
-    const Output* const outputs = &outputs_[pixel];
-#pragma GCC unroll 4
-    for (int v = 0; v < V; v++) {
-      const int lanes = static_cast<int>(std::min<int64_t>(L, a.out_c - o - v * L));
-      const Vec<A> offset = shift ? load(shift + v * L, lanes) : Vec<A>{};
-#pragma GCC unroll 24
-      for (int r = 0; r < R; r++) {
-        if (r >= count) break;
-        const auto [y, residual] = outputs[r];
-        const int64_t at = o + v * L;
-        Vec<A> z = acc[r][v] + offset;
-        if (lanes == L) {
-          if (residual) z += load(residual + at);
-          store(y + at, activate(z, activation));
-        } else {
-          if (residual) z += load(residual + at, lanes);
-          store(y + at, activate(z, activation), lanes);
-        }
-      }
-    }
+    finish_tile(acc, a, o, &outputs_[pixel], count, activation);
   }
 
   const DenseConv2dArgs& a;
@@ -435,7 +371,7 @@ class Convolution {
   std::unique_ptr<A[]> sums_;                  // of the terms so far
   int64_t gathered_size_ = 0;
   std::vector<const A*> runs_of_;
-  std::vector<Output> outputs_;
+  std::vector<TileOutput<A>> outputs_;
 };
 
 }  // namespace convblocks::cpu

@@ -54,7 +54,7 @@ def test_other_inputs_in_the_memory_of_the_input(layout: torch.memory_format, ba
 
 
 @pytest.mark.parametrize("activation", ["relu", "silu", "gelu", "gelu_tanh"])
-@pytest.mark.parametrize("height, width", [(7, 7), (3, 5), (1, 1)])
+@pytest.mark.parametrize(("height", "width"), [(7, 7), (3, 5), (1, 1)])
 def test_short_planes(height: int, width: int, activation: str, backend: str, device: str) -> None:
     """Planes that end in a part of a vector, which the CPU takes together; of a sample the same in any batch."""
     whole = torch.randn(5, 120, height, width, device=device)
