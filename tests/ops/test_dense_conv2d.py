@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -54,6 +56,38 @@ def test_as_torch_in_channels_last(
     torch.testing.assert_close(y, exact.relu().float(), rtol=1e-4, atol=2e-5)
     if out > 1:
         assert y.is_contiguous(memory_format=torch.channels_last)
+
+
+@pytest.mark.parametrize("backend", ["cpu"], indirect=True)  # which takes the pixels of a line together
+@pytest.mark.parametrize(("channels", "out"), [(8, 1), (9, 8), (16, 16), (10, 17), (20, 32), (33, 3)])
+@pytest.mark.parametrize(
+    ("height", "kernel", "stride", "padding", "dilation"),
+    [(9, 3, 1, 1, 1), (9, 1, 1, 0, 1), (11, 5, (2, 1), (3, 1), 1), (9, 3, (2, 1), (2, 2), (2, 1))],
+)
+@both_layouts
+def test_kernels_three_wide_of_few_channels(
+    channels: int,
+    out: int,
+    height: int,
+    kernel: int,
+    stride: Any,
+    padding: Any,
+    dilation: Any,
+    layout: str,
+    backend: str,
+    device: str,
+) -> None:
+    """Of lines of all lengths; of a sample the same in any batch, and with any number of threads."""
+    weight = torch.randn(out, channels, kernel, 3, device=device) / (3 * channels * kernel) ** 0.5
+    shift = torch.randn(out, device=device)
+    how = {"stride": stride, "padding": padding, "dilation": dilation}
+    for width in (3, 7, 8, 14, 15, 29, 56):
+        x = LAYOUTS[layout](torch.randn(3, channels, height, width, device=device))
+        exact = F.conv2d(x.double(), weight.double(), shift.double(), **how)
+        y = dense_conv2d(x, weight, None, shift, activation="silu", **how)
+        torch.testing.assert_close(y, F.silu(exact).float(), rtol=1e-4, atol=2e-5)
+        one = dense_conv2d(x[1:2], weight, None, shift, activation="silu", **how)
+        assert torch.equal(y[1:2], one)
 
 
 @pytest.mark.parametrize("backend", ["cpu"], indirect=True)  # on the others torch convolves

@@ -131,3 +131,25 @@ def test_a_sample_is_as_it_is_alone(stride: int, backend: str, device: str) -> N
         results.append((y, *torch.autograd.grad(y, some, torch.ones_like(y))))
     for all_of_it, one in zip(*results, strict=True):
         assert torch.equal(all_of_it[:1], one)
+
+
+@pytest.mark.parametrize("backend", ["cpu"], indirect=True)
+@pytest.mark.parametrize("activation", ["none", "relu6", "silu"])
+@pytest.mark.parametrize(
+    ("size", "kernel", "stride"),
+    [((1, 150, 44, 40), 3, 1), ((2, 150, 33, 57), 3, 2), ((7, 340, 14, 14), 5, 1), ((9, 40, 7, 7), 3, 1)],
+)
+def test_gradients_in_channels_last(
+    size: tuple[int, ...], kernel: int, stride: int, activation: str, backend: str, device: str
+) -> None:
+    """Of bands of rows, of parts of the channels and of several samples together."""
+    values = torch.randn(size, device=device).contiguous(memory_format=torch.channels_last)
+    weights, biases = torch.randn(size[1], 1, kernel, kernel, device=device), torch.randn(size[1], device=device)
+    results = []
+    for dtype in (torch.float32, torch.float64):
+        inputs = [t.to(dtype).requires_grad_() for t in (values, weights, biases)]
+        y = depthwise_conv2d(*inputs, stride=stride, padding=kernel // 2, activation=activation)
+        grad = torch.linspace(-1, 1, y.numel(), device=device, dtype=dtype).view(y.permute(0, 2, 3, 1).shape)
+        results.append((y, *torch.autograd.grad(y, inputs, grad.permute(0, 3, 1, 2))))
+    for got, expected in zip(*results, strict=True):
+        torch.testing.assert_close(got, expected.float(), rtol=1e-5, atol=1e-3)
