@@ -99,9 +99,7 @@ struct Planes {
   // Loads that cross a line of the cache take twice as long: a row is loaded once, and shifted. Of each plane so many
   // columns, then a few more; or 0, where planes are narrow and each tap loads what it meets.
   template <int STRIDE>
-  static constexpr int kSpan = P == 1        ? 16 * STRIDE
-                               : STRIDE == 1 ? 0
-                                             : 16;
+  static constexpr int kSpan = (P == 1 || STRIDE == 2) * 16 * STRIDE / P;
 #endif
   template <int STRIDE>
   CONVBLOCKS_LOOP void masks(int64_t column, Masks& mask) const {
@@ -313,7 +311,7 @@ inline void convolve_planes(const Context& context, const DepthwiseConv2dShape& 
   const auto run = [&]<int K>(std::integral_constant<int, K>) {
     auto convolve = convolve_planes<1, K>;
 #if defined(__AVX512F__)
-    if (s.out_w <= Planes<2, K>::kWidth) convolve = convolve_planes<2, K>;
+    if (K == 3 && s.out_w <= Planes<2, 3>::kWidth) convolve = convolve_planes<2, 3>;
 #endif
     convolve(context, s, weight, bias, activation, x, y, sums);
   };
