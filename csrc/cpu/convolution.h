@@ -34,7 +34,8 @@ class Convolution {
     edges_ = {0, a.out_w};
     if (!gathers_) cut_columns();
     ahead_ = gathers_ ? 0 : kGroup * a.stride_w * a.x.pixel;
-    by_lines_ = gathers_ && a.kernel_w == 3 && a.stride_w == 1 && vectors() <= kLineVectors && terms() <= kTerms;
+    const bool fits = vectors() <= kLineVectors && terms() <= kTerms && a.out_w > 4;  // shorter lines would take longer
+    by_lines_ = gathers_ && a.kernel_w == 3 && a.stride_w == 1 && fits;
     if (by_lines_) block_ = std::max<int64_t>(1, block_ / a.out_w) * a.out_w;
   }
 
@@ -92,7 +93,7 @@ class Convolution {
   void run(int64_t first, int64_t last, const A* packed, int64_t begin, int64_t end) {
     const int64_t hw = a.out_h * a.out_w;
     zeros_.resize(length_);
-    runs_of_.resize((block_ + kGroup) * runs_);
+    if (!by_lines_) runs_of_.resize(block_ * runs_);
     outputs_.resize(block_);
     if (terms() > kTerms) sums_ = std::make_unique_for_overwrite<A[]>(block_ * kMost * L);
     const int64_t channel = start(first) * L, channels = std::min(a.out_c, start(last) * L) - channel;
@@ -148,6 +149,9 @@ class Convolution {
   // Of panels laid out from `first` on.
   int64_t packed_at(int64_t first, int64_t panel) const { return (start(panel) - start(first)) * L * terms(); }
 
+  // The first of the runs of pixel p of a block; the next is kGroup further.
+  const A** runs_of(int64_t p) { return &runs_of_[p / kGroup * kGroup * runs_ + p % kGroup]; }
+
   // Where `count` pixels of a sample of the output are, and where the runs that they are made of begin. Those of a group
   // lie side by side; the last stands in for those that are missing.
   void locate(int64_t sample, int64_t first, int64_t count) {
@@ -155,17 +159,19 @@ class Convolution {
     const A* const map = row<const A>(a.x, sample, 0);
     if (gathers_) {
       gather(sample, line, last);
-      if (by_lines_) return each_pixel(sample, first, count, [](int64_t, int64_t, const A**) {});
-      each_pixel(sample, first, count, [this, line](int64_t h, int64_t w, const A** to) {
+      if (by_lines_) return each_pixel(sample, first, count, [](int64_t, int64_t, int64_t) {});
+      each_pixel(sample, first, count, [this, line](int64_t h, int64_t w, int64_t p) {
+        const A** const to = runs_of(p);
         const A* from = gathered_.get() + ((h - line) * a.stride_h * width_ + w * a.stride_w) * a.c;
         for (int64_t i = 0; i < runs_; i++) to[i * kGroup] = from + i * a.dilation_h * width_ * a.c;
       });
     } else if (a.kernel_h * a.kernel_w == 1 && a.top == 0 && a.left == 0) {
-      each_pixel(sample, first, count, [this, map](int64_t h, int64_t w, const A** to) {
-        *to = map + (h * a.stride_h * a.w + w * a.stride_w) * a.x.pixel;
+      each_pixel(sample, first, count, [this, map](int64_t h, int64_t w, int64_t p) {
+        *runs_of(p) = map + (h * a.stride_h * a.w + w * a.stride_w) * a.x.pixel;
       });
     } else {
-      each_pixel(sample, first, count, [this, map](int64_t line, int64_t column, const A** to) {
+      each_pixel(sample, first, count, [this, map](int64_t line, int64_t column, int64_t p) {
+        const A** to = runs_of(p);
         for (int64_t i = 0; i < a.kernel_h; i++) {
           const int64_t h = line * a.stride_h - a.top + i * a.dilation_h;
           for (int64_t j = 0; j < a.kernel_w; j++, to += kGroup) {
@@ -177,7 +183,7 @@ class Convolution {
       });
     }
     for (int64_t p = count; p % kGroup; p++) {
-      const A** const to = &runs_of_[p / kGroup * kGroup * runs_ + p % kGroup];
+      const A** const to = runs_of(p);
       for (int64_t i = 0; i < runs_; i++) to[i * kGroup] = to[i * kGroup - 1];
     }
   }
@@ -198,7 +204,7 @@ class Convolution {
         for (int64_t w = begin; w < end; w++, p++) {
           const int64_t number = h * a.out_w + w - first;
           outputs_[p] = {y + number * y_step, residual ? residual + number * step : nullptr};
-          f(h, w, &runs_of_[p / kGroup * kGroup * runs_ + p % kGroup]);
+          f(h, w, p);
         }
       }
     }
@@ -253,12 +259,13 @@ class Convolution {
         const int64_t h = at / a.out_w, w = at % a.out_w, left = std::min(first + count - at, a.out_w - w);
         const A* const from = gathered_.get() + ((h - first / a.out_w) * a.stride_h * width_ + w) * a.c;
         const int most = vectors() == 1 ? kLine : kLine / 2, pixels = static_cast<int>(std::min<int64_t>(left, most));
-        if (vectors() == 2)
-          line<kLineVectors, kLine / 2>(from, weights, at - first, pixels, activation);
-        else if (pixels > kLine / 2)
+        if (pixels > kLine / 2) {
           line<1, kLine>(from, weights, at - first, pixels, activation);
-        else
+        } else if (vectors() == 1) {
           line<1, (kLine + 1) / 2>(from, weights, at - first, pixels, activation);
+        } else if constexpr (kLineVectors == 2) {
+          line<2, kLine / 2>(from, weights, at - first, pixels, activation);
+        }
         at += pixels;
       }
     });

@@ -89,11 +89,12 @@ struct Depthwise {
   void pack(const Part& p, A* to) const {
     for (int64_t b = 0; b < p.blocks; b++) pack(p.channel + std::min(b * L, p.channels - L), L, to + b * block);
   }
-  // Calls f(part, its packed weights, memory, item) for all parts of all items. Threads share the items: if they shared the
-  // channels of a pixel, each would fetch what the other writes. The memory holds a vector of each block, and `more`.
+  // No two parts have a channel in common: a last block that is a part of a vector is not one alone.
+  int64_t parts(int64_t most) const { return std::clamp<int64_t>(most, 1, std::max<int64_t>(1, shape.c / L)); }
+  // Calls f(part, its packed weights, memory, item) for all parts of all items, item by item: if threads shared the channels
+  // of many pixels, each would fetch what the other writes. The memory holds a vector of each block, and `more`.
   template <class F>
-  void for_each_part(int64_t items, int64_t most_parts, int64_t grain, int64_t more, F f) const {
-    const int64_t parts = std::clamp<int64_t>(most_parts, 1, (shape.c + L - 1) / L);
+  void for_each_part(int64_t items, int64_t parts, int64_t grain, int64_t more, F f) const {
     parallel_for(context, items * parts, grain, [&](int64_t begin, int64_t end) {
       const Scratch<A> scratch(groups() * (block + L) + more);
       A* const memory = scratch.data() + groups() * block;
@@ -141,7 +142,7 @@ struct Depthwise {
   using Base = Depthwise<T>;                                                                                      \
   using Base::Base, Base::L, Base::context, Base::shape, Base::activation, Base::rows, Base::columns, Base::taps, \
       Base::block, Base::weight, Base::bias, Base::pack, Base::forward_row, Base::in_place, Base::for_each_part,  \
-      Base::groups, Base::lanes, Base::lanes_of, Base::results_of, Base::bands, Base::channels_of;                \
+      Base::parts, Base::groups, Base::lanes, Base::lanes_of, Base::results_of, Base::bands, Base::channels_of;   \
   using A = Base::A;                                                                                              \
   using Part = Base::Part;
 

@@ -94,47 +94,50 @@ struct Backward : Depthwise<T> {
       const Needed r = needed(i, cut);
       inner_pixels = std::max(inner_pixels, (r.out_stop - r.out_first) * shape.out_w);
     }
-    const int64_t parts = std::max<int64_t>(4 * context.threads / items,
-                                            inner_pixels * shape.c * int64_t(sizeof(A)) / kBandBytes + active);
-    const int64_t room_for_inner = inner_pixels * ((groups() + parts - 1) / std::max<int64_t>(1, parts) + 1) * L;
-    for_each_part(items, parts, 1, room_for_inner, [&](const Part& p, const A* packed, A* inner, int64_t item) {
-      const auto at = [&](const Map& map, int64_t sample) {
-        return static_cast<T*>(map.data) + sample * map.batch + p.channel;
-      };
-      A* own = sums + (item * groups() + p.first_block) * block;
-      std::fill_n(own, p.blocks * block, A(0));
-      const Needed r = needed(item % cut, cut);
-      const Band b = r.own;
-      const int64_t first = item / cut * samples(), stop = std::min(shape.n, first + samples());
-      for (int64_t sample = first; sample < stop; sample++) {
-        const T* const in = at(x, sample);
-        const auto gradients = [&](const auto* g, int64_t g_first, int64_t g_pixel) {
-          int64_t row = b.out_first;
-          const auto weights = [&](int64_t until) {  // while the rows that they need are in a cache
-            for (; row < until; row++)
-              weight_row(row, in, 0, x.pixel, g + (row - g_first) * shape.out_w * g_pixel, g_pixel, own, p.channels);
+    const int64_t by_room = inner_pixels * shape.c * int64_t(sizeof(A)) / kBandBytes + 1;
+    const int64_t cut_channels = parts(std::max(4 * context.threads / items, active ? by_room : 1));
+    const int64_t most_blocks = (groups() + cut_channels - 1) / cut_channels;
+    for_each_part(
+        items, cut_channels, 1, inner_pixels * most_blocks * L,
+        [&](const Part& p, const A* packed, A* inner, int64_t item) {
+          const auto at = [&](const Map& map, int64_t sample) {
+            return static_cast<T*>(map.data) + sample * map.batch + p.channel;
           };
-          for (int64_t in_row = b.in_first; in_row < b.in_stop; in_row++) {
-            backward_row(in_row, g, g_first, g_pixel, packed, at(grad_x, sample) + in_row * shape.w * grad_x.pixel,
-                         grad_x.pixel, p.channels, false);
-            weights(std::min(b.out_stop, in_row * shape.out_h / shape.h));
-          }
-          weights(b.out_stop);
-        };
-        if constexpr (std::is_same_v<T, A>) {
-          if (active) {
-            for (int64_t row = r.out_first; row < r.out_stop; row++) {
-              A* const to = inner + (row - r.out_first) * shape.out_w * p.channels;
-              to_inner_gradient(row, in, x.pixel, 0, packed, at(grad, sample) + row * shape.out_w * grad.pixel,
-                                grad.pixel, to, p.channels);
+          A* own = sums + (item * groups() + p.first_block) * block;
+          std::fill_n(own, p.blocks * block, A(0));
+          const Needed r = needed(item % cut, cut);
+          const Band b = r.own;
+          const int64_t first = item / cut * samples(), stop = std::min(shape.n, first + samples());
+          for (int64_t sample = first; sample < stop; sample++) {
+            const T* const in = at(x, sample);
+            const auto gradients = [&](const auto* g, int64_t g_first, int64_t g_pixel) {
+              int64_t row = b.out_first;
+              const auto weights = [&](int64_t until) {  // while the rows that they need are in a cache
+                for (; row < until; row++)
+                  weight_row(row, in, 0, x.pixel, g + (row - g_first) * shape.out_w * g_pixel, g_pixel, own,
+                             p.channels);
+              };
+              for (int64_t in_row = b.in_first; in_row < b.in_stop; in_row++) {
+                backward_row(in_row, g, g_first, g_pixel, packed, at(grad_x, sample) + in_row * shape.w * grad_x.pixel,
+                             grad_x.pixel, p.channels, false);
+                weights(std::min(b.out_stop, in_row * shape.out_h / shape.h));
+              }
+              weights(b.out_stop);
+            };
+            if constexpr (std::is_same_v<T, A>) {
+              if (active) {
+                for (int64_t row = r.out_first; row < r.out_stop; row++) {
+                  A* const to = inner + (row - r.out_first) * shape.out_w * p.channels;
+                  to_inner_gradient(row, in, x.pixel, 0, packed, at(grad, sample) + row * shape.out_w * grad.pixel,
+                                    grad.pixel, to, p.channels);
+                }
+                gradients(inner, r.out_first, p.channels);
+                continue;
+              }
             }
-            gradients(inner, r.out_first, p.channels);
-            continue;
+            gradients(at(grad, sample), 0, grad.pixel);
           }
-        }
-        gradients(at(grad, sample), 0, grad.pixel);
-      }
-    });
+        });
   }
 
   void backward_gathered(const Map& grad, const Map& x, const Map& grad_x, int64_t cut, A* sums) const {

@@ -13,8 +13,8 @@ struct Forward : Depthwise<T> {
   // A piece of work is a row; with sums, which are added up from those of the pieces, a band of rows.
   void forward_in_place(const Map& x, const Map& y, int64_t cut, A* sums) const {
     const int64_t items = shape.n * cut, elements = shape.out_w * shape.c;
-    for_each_part(items, items < 16 * context.threads ? context.threads : 1, std::max<int64_t>(1, 4096 / elements), 0,
-                  [&](const Part& p, const A* packed, A* memory, int64_t i) {
+    for_each_part(items, parts(items < 16 * context.threads ? context.threads : 1),
+                  std::max<int64_t>(1, 4096 / elements), 0, [&](const Part& p, const A* packed, A* memory, int64_t i) {
                     const int64_t sample = i / cut, band = i % cut;
                     const T* in = static_cast<const T*>(x.data) + sample * x.batch + p.channel;
                     T* out = static_cast<T*>(y.data) + sample * y.batch + p.channel;

@@ -55,30 +55,27 @@ void forward(const Context& context, const ScaleShiftActArgs& a) {
     const auto write = [far, activation](T* y, const T* x, const T* residual, int64_t size, const A* scale,
                                          const A* shift) CONVBLOCKS_LOOP {
       write_row<T>(y, size, far, [=](int64_t i, auto lanes) CONVBLOCKS_LOOP {
-        Vec<A> z = load(x + i, lanes) * load(scale + i, lanes) + load(shift + i, lanes);
+        Vec<A> z = multiply_add(load(x + i, lanes), load(scale + i, lanes), load(shift + i, lanes));
         if constexpr (R::value) z += load(residual + i, lanes);
         return activate(z, activation);
       });
     };
     if (planes) {
-      const int64_t values = planes * a.hw;
-      parallel_for(context, (a.c + planes - 1) / planes, std::max<int64_t>(1, 16384 / (a.n * values)),
-                   [&](int64_t begin, int64_t end) {
-                     const Scratch<A> scratch(2 * values);
-                     A *const scale = scratch.data(), *const shift = scale + values;
-                     for (int64_t c = begin * planes; c < std::min(a.c, end * planes); c += planes) {
-                       const int64_t count = std::min(planes, a.c - c);
-                       for (int64_t i = 0; i < count; i++) {
-                         std::fill_n(scale + i * a.hw, a.hw, scales[c + i]);
-                         std::fill_n(shift + i * a.hw, a.hw, shifts[c + i]);
-                       }
-                       for (int64_t sample = 0; sample < a.n; sample++) {
-                         const T *x = at<T>(a.x, sample, c), *residual = R::value ? at<T>(a.residual, sample, c) : x;
-                         write(at<T>(a.y, sample, c), x, residual, count * a.hw, scale, shift);
-                       }
-                     }
-                     finish_stores();
-                   });
+      const int64_t values = planes * a.hw, rows = (a.c + planes - 1) / planes;
+      parallel_for(context, rows * a.n, std::max<int64_t>(1, 16384 / values), [&](int64_t begin, int64_t end) {
+        const Scratch<A> scratch(2 * values);
+        A *const scale = scratch.data(), *const shift = scale + values;
+        for (int64_t i = begin; i < end; i++) {
+          const int64_t sample = i % a.n, c = i / a.n * planes, count = std::min(planes, a.c - c);
+          for (int64_t k = 0; k < count && (i == begin || sample == 0); k++) {
+            std::fill_n(scale + k * a.hw, a.hw, scales[c + k]);
+            std::fill_n(shift + k * a.hw, a.hw, shifts[c + k]);
+          }
+          const T *x = at<T>(a.x, sample, c), *residual = R::value ? at<T>(a.residual, sample, c) : x;
+          write(at<T>(a.y, sample, c), x, residual, count * a.hw, scale, shift);
+        }
+        finish_stores();
+      });
       return;
     }
     if (a.x.pixel == 1) {
@@ -86,9 +83,9 @@ void forward(const Context& context, const ScaleShiftActArgs& a) {
         for (int64_t plane = begin; plane < end; plane++) {
           const int64_t sample = plane / a.c, c = plane % a.c;
           const T *x = at<T>(a.x, sample, c), *residual = R::value ? at<T>(a.residual, sample, c) : x;
-          const A scale = scales[c], shift = shifts[c];
+          const auto scale = splat<Vec<A>>(scales[c]), shift = splat<Vec<A>>(shifts[c]);
           write_row<T>(at<T>(a.y, sample, c), a.hw, far, [=](int64_t i, auto lanes) CONVBLOCKS_LOOP {
-            Vec<A> z = load(x + i, lanes) * scale + shift;
+            Vec<A> z = multiply_add(load(x + i, lanes), scale, shift);
             if constexpr (R::value) z += load(residual + i, lanes);
             return activate(z, activation);
           });

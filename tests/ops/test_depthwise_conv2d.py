@@ -153,3 +153,21 @@ def test_gradients_in_channels_last(
         results.append((y, *torch.autograd.grad(y, inputs, grad.permute(0, 3, 1, 2))))
     for got, expected in zip(*results, strict=True):
         torch.testing.assert_close(got, expected.float(), rtol=1e-5, atol=1e-3)
+
+
+@pytest.mark.parametrize("backend", ["cpu"], indirect=True)
+@pytest.mark.parametrize("activation", ["relu6", "silu", "hardswish"])
+def test_threads_write_no_channel_twice(activation: str, backend: str, device: str) -> None:
+    """Of channels that end in a part of a vector; an activation that is made in place would be made again."""
+    threads = torch.get_num_threads()
+    try:
+        for size in ((1, 24, 1, 5000), (1, 12, 5, 500), (1, 40, 3, 400), (3, 24, 1, 512)):
+            x = torch.randn(size, device=device).contiguous(memory_format=torch.channels_last)
+            weight = torch.randn(size[1], 1, 3, 3, device=device)
+            results = []
+            for number in (1, 2, 4, 8, 2, 4, 8):
+                torch.set_num_threads(number)
+                results.append(depthwise_conv2d(x, weight, padding=1, activation=activation))
+            assert all(torch.equal(y, results[0]) for y in results)
+    finally:
+        torch.set_num_threads(threads)

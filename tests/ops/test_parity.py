@@ -83,9 +83,10 @@ def test_more_than_one_thread_has_work(info: OpInfo, layout: str, backend: str, 
 @once
 def test_stores_past_the_caches() -> None:
     """As if no map found room in them: kernels write such maps in another way."""
-    repeatable = os.path.join(os.path.dirname(__file__), "test_operator.py")
-    which = "cpu and (test_sizes_and_layouts and (float32-float32 or bfloat16-bfloat16) or test_repeatable)"
-    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", __file__, repeatable, "-k", which]
+    others = [os.path.join(os.path.dirname(__file__), f"test_{name}.py") for name in ("operator", "scale_shift_act")]
+    sizes = "test_sizes_and_layouts and (float32-float32 or bfloat16-bfloat16)"
+    which = f"cpu and ({sizes} or test_repeatable or test_short_planes)"
+    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", __file__, *others, "-k", which]
     environment = {**os.environ, "CONVBLOCKS_CACHE_BYTES": "0", "CONVBLOCKS_TEST_BACKENDS": "cpu"}
     done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stdout[-4000:]
