@@ -40,7 +40,8 @@ int64_t planes_of_row(const ScaleShiftActArgs& a) {
   const bool slow = k == Activation::silu || k == Activation::gelu || k == Activation::gelu_tanh;
   if (!slow || a.x.pixel != 1 || a.hw % L == 0 || a.hw > 4 * L) return 0;
   const bool dense = a.x.channel == a.hw && a.y.channel == a.hw && (!a.residual.data || a.residual.channel == a.hw);
-  return dense ? 1024 / a.hw : 0;
+  const int64_t most = 1024 / a.hw, rows = (a.c + most - 1) / most;
+  return dense ? (a.c + rows - 1) / rows : 0;
 }
 
 template <class T>
