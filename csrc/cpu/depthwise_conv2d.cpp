@@ -20,7 +20,7 @@ struct Forward : Depthwise<T> {
                     T* out = static_cast<T*>(y.data) + sample * y.batch + p.channel;
                     A* own = sums ? sums + (i * groups() + p.first_block) * L : nullptr;
                     if (sums) std::fill_n(own, p.blocks * L, A(0));
-                    const bool later = sizeof(T) >= 4 && !sums && activates_later();
+                    const bool later = sizeof(T) >= 4 && !sums && takes_call(activation);
                     for (int64_t row = shape.out_h * band / cut; row < shape.out_h * (band + 1) / cut; row++) {
                       T* const to = out + row * shape.out_w * y.pixel;
                       auto r = forward_row(row, in, 0, x.pixel, packed, to, y.pixel);
@@ -31,8 +31,6 @@ struct Forward : Depthwise<T> {
                     }
                   });
   }
-  // Whether the activation takes less time of a row than of a tile: one that activate_tile does not make in registers.
-  bool activates_later() const { return activation > Activation::relu6 && activation != Activation::none; }
   template <class D>
   __attribute__((noinline)) void activate_row(D* row, int64_t pixel, int64_t channels) const {
     const int64_t rows = pixel == channels ? 1 : shape.out_w, size = shape.out_w * channels / rows;
@@ -72,7 +70,7 @@ struct Forward : Depthwise<T> {
           for (int64_t row = first; row < stop; row++) {
             A* const to = out + (row - first) * shape.out_w * L;
             auto r = forward_row(row, in, in_first, L, packed, to, L);
-            const bool later = !sums && activates_later();
+            const bool later = !sums && takes_call(activation);
             if (later) r.activation = Activation::none;
             r.sums = sums ? row_sums : nullptr;
             convolve_with_sums(r, L, own, 1);
@@ -103,7 +101,7 @@ struct Forward : Depthwise<T> {
     A* sums = static_cast<A*>(to);
     const bool overlap = in_place({x, y});
     if constexpr (std::is_same_v<T, float>) {
-      const bool slow = shape.out_w <= 8 && activates_later();  // as measured
+      const bool slow = shape.out_w <= 8 && takes_call(activation);  // as measured
       if (!overlap && !slow && planes_fit(shape, x, y) && has_finite_weights(shape, weight))
         return convolve_planes(context, shape, weight, bias, activation, x, y, sums);
     }

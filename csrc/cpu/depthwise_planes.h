@@ -278,9 +278,7 @@ void convolve_planes(const Context& context, const DepthwiseConv2dShape& s, cons
     const Scratch<float> scratch(past ? pixels : 1);
     Planes<P, K> group;
     group.h = s.h, group.w = s.w, group.out_h = s.out_h, group.out_w = s.out_w, group.top = s.top, group.left = s.left;
-    const bool slow =
-        activation > Activation::relu6 && activation != Activation::none;  // not in activate_tile's registers
-    const bool later = P == 1 && slow && pixels <= 1 << 16;
+    const bool later = P == 1 && takes_call(activation) && pixels <= 1 << 16;
     group.activation = later || past ? Activation::none : activation;
     group.later = later && !past ? activation : Activation::none;
     for (int64_t i = begin; i < end; i++) {

@@ -33,6 +33,10 @@ __attribute__((noinline)) void activate_vectors(Vec<A>* v, Activation activation
   for (int t = 0; t < T; t++) v[t] = activate(v[t], activation);
 }
 
+// Whether activate_tile calls for it: of a whole row or plane it takes less time than of a tile.
+inline bool takes_call(Activation activation) {
+  return activation > Activation::relu6 && activation != Activation::none;
+}
 // The frequent ones in registers.
 template <class V, int T>
 CONVBLOCKS_LOOP inline void activate_tile(V (&acc)[T], Activation activation) {
@@ -40,7 +44,7 @@ CONVBLOCKS_LOOP inline void activate_tile(V (&acc)[T], Activation activation) {
     const Lane<V> high = activation == Activation::relu ? INFINITY : 6;
     CONVBLOCKS_UNROLL
     for (int t = 0; t < T; t++) acc[t] = clamp(acc[t], 0, high);
-  } else if (activation != Activation::none) {
+  } else if (takes_call(activation)) {
     V active[T];
     for (int t = 0; t < T; t++) active[t] = acc[t];
     activate_vectors<Lane<V>, T>(active, activation);

@@ -179,24 +179,18 @@ inline void finish_stores() {
 }
 
 // a * b + c, rounded once where the processor can: compilers may do so in one copy of a loop and not in another.
-inline VecF multiply_add(VecF a, VecF b, VecF c) {
 #if defined(__AVX512F__)
-  return (VecF)_mm512_fmadd_ps((__m512)a, (__m512)b, (__m512)c);
+inline VecF multiply_add(VecF a, VecF b, VecF c) { return (VecF)_mm512_fmadd_ps((__m512)a, (__m512)b, (__m512)c); }
+inline VecD multiply_add(VecD a, VecD b, VecD c) { return (VecD)_mm512_fmadd_pd((__m512d)a, (__m512d)b, (__m512d)c); }
 #elif defined(__AVX2__)
-  return (VecF)_mm256_fmadd_ps((__m256)a, (__m256)b, (__m256)c);
+inline VecF multiply_add(VecF a, VecF b, VecF c) { return (VecF)_mm256_fmadd_ps((__m256)a, (__m256)b, (__m256)c); }
+inline VecD multiply_add(VecD a, VecD b, VecD c) { return (VecD)_mm256_fmadd_pd((__m256d)a, (__m256d)b, (__m256d)c); }
 #else
+template <class V>
+inline V multiply_add(V a, V b, V c) {
   return a * b + c;
-#endif
 }
-inline VecD multiply_add(VecD a, VecD b, VecD c) {
-#if defined(__AVX512F__)
-  return (VecD)_mm512_fmadd_pd((__m512d)a, (__m512d)b, (__m512d)c);
-#elif defined(__AVX2__)
-  return (VecD)_mm256_fmadd_pd((__m256d)a, (__m256d)b, (__m256d)c);
-#else
-  return a * b + c;
 #endif
-}
 
 // --- lanes ------------------------------------------------------------------------------------------------------------
 

@@ -77,7 +77,7 @@ def test_kernels_three_wide_of_few_channels(
     backend: str,
     device: str,
 ) -> None:
-    """Of lines of all lengths; of a sample the same in any batch, and with any number of threads."""
+    """Of lines of all lengths; of a sample the same in any batch."""
     weight = torch.randn(out, channels, kernel, 3, device=device) / (3 * channels * kernel) ** 0.5
     shift = torch.randn(out, device=device)
     how = {"stride": stride, "padding": padding, "dilation": dilation}
