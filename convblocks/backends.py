@@ -236,7 +236,7 @@ def _select() -> None:
     _triton.take_place(selected == "triton" and _triton.why_not() is None)
 
 
-_environment = contextlib.ExitStack()  # holds the choice of CONVBLOCKS_BACKEND for the life of the process
+_environment = object()  # stands for the choice of CONVBLOCKS_BACKEND, which holds for the life of the process
 
 
 def select_from_environment() -> None:
@@ -244,4 +244,5 @@ def select_from_environment() -> None:
     if name not in BACKENDS:
         raise ValueError(f"CONVBLOCKS_BACKEND: expected a backend of {', '.join(BACKENDS)}, got {name}")
     if name != "auto":
-        _environment.enter_context(use_backend(name))
+        _open[_environment] = name
+        _select()
