@@ -38,6 +38,7 @@
 
 #include "arguments.h"
 #include "kernel.h"
+#include "memory.h"
 
 namespace convblocks {
 
@@ -251,7 +252,8 @@ struct Operator<Op, Tensor (*)(Args...), Gradient (*)(BackwardArgs...)> {
     return pack(grads);
   }
 
-  // Keeps the arguments and nothing else; the kernel computes the rest again. Of a list of maps, their channels.
+  // Keeps the arguments, of a list of maps their channels, and a memory where there is one; the kernel computes the rest
+  // again.
   template <class T>
   using Kept = std::conditional_t<std::is_same_v<T, at::TensorList>, c10::SymIntArrayRef, T>;
   struct Node : torch::autograd::Function<Node> {
@@ -277,10 +279,12 @@ struct Operator<Op, Tensor (*)(Args...), Gradient (*)(BackwardArgs...)> {
         i++;
       };
       (keep(args), ...);
-      ctx->save_for_backward(std::move(saved));
-      if (known) return *known;
       at::AutoDispatchBelowADInplaceOrView guard;
-      return call(args...);
+      const Memory memory(first(args...));
+      const Tensor y = known ? *known : call(args...);
+      if (memory.kept().defined()) saved.push_back(memory.kept());
+      ctx->save_for_backward(std::move(saved));
+      return y;
     }
     static variable_list backward(AutogradContext* ctx, variable_list grad) {
       return gradients(ctx, [&](const auto& x, const auto&... rest) {
@@ -316,6 +320,8 @@ struct Operator<Op, Tensor (*)(Args...), Gradient (*)(BackwardArgs...)> {
       };
       // Braces: the arguments are restored from left to right.
       std::tuple<Kept<std::decay_t<Args>>...> args{restore(std::type_identity<std::decay_t<Args>>())...};
+      std::optional<Memory> memory;
+      if (tensor < saved.size()) memory.emplace(saved[0], saved[tensor]);
       Grads grads = std::apply(compute, args);
       if constexpr (many) {
         grads.resize(grads.size() + sizeof...(Args) - 1);  // none for the other arguments

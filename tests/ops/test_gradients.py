@@ -10,10 +10,12 @@ import pytest
 import torch
 from torch import Tensor
 from torch.autograd import gradcheck, gradgradcheck
+from torch.autograd.graph import saved_tensors_hooks
+from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selective_checkpoint_contexts
 
 from convblocks.accuracy import run
-from convblocks.opinfo import LAYOUTS, OpInfo, Options, Sample
+from convblocks.opinfo import LAYOUTS, OPS, OpInfo, Options, Sample
 from tests.ops.common import (
     SLOW,
     accuracy,
@@ -151,11 +153,51 @@ def test_only_inputs_are_saved(info: OpInfo, options: Options, dispatched: str, 
         saved.append(t)
         return t
 
-    with torch.autograd.graph.saved_tensors_hooks(pack, lambda t: t):
+    with saved_tensors_hooks(pack, lambda t: t):
         info.op(*sample.args, **sample.kwargs)
     kept = [] if info.linear else sample.tensors()
-    assert {t.data_ptr() for t in saved} == {t.data_ptr() for t in kept}
-    assert len(saved) == len(kept)
+    inputs, memory = saved[: len(kept)], saved[len(kept) :]
+    assert {t.data_ptr() for t in inputs} == {t.data_ptr() for t in kept}
+    assert sum(t.numel() for t in memory) == (info.memory(sample) if dispatched == "cpu" else 0)
+
+
+class _Mode(TorchDispatchMode):
+    """Calls what it is asked for."""
+
+    def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        return function(*args, **(kwargs or {}))
+
+
+@once
+@pytest.mark.parametrize("backend", ["cpu"], indirect=True)
+@both_layouts
+@pytest.mark.parametrize("without", ["forgotten", "of another kind", "under a mode"])
+@pytest.mark.parametrize(
+    ("info", "options"),
+    [(info, o) for info in OPS.values() for o in info.options if info.memory(info.sample((2, 8, 5, 6), o))],
+)
+def test_gradients_without_the_memory(
+    info: OpInfo, options: Options, without: str, layout: str, backend: str, device: str
+) -> None:
+    """What a kernel keeps besides the inputs its backward computes again where it is not there, or not as it was."""
+    sample = with_grad(info.sample((3, 18, 40, 41), options, layout=layout, device=device))
+    grad = info.gradient(sample)
+    inputs = {t.data_ptr() for t in sample.tensors()}
+    forgotten = 0
+
+    def unpack(t: Tensor) -> Tensor:
+        nonlocal forgotten
+        if t.data_ptr() in inputs:
+            return t
+        forgotten += 1
+        return t.double() if without == "of another kind" else t.new_empty(0)
+
+    context = _Mode() if without == "under a mode" else saved_tensors_hooks(lambda t: t, unpack)
+    with context:
+        y = info.op(*sample.args, **sample.kwargs)
+        gradients = torch.autograd.grad(y, sample.tensors(), grad)
+    assert forgotten == (without != "under a mode")
+    assert not accuracy(info, sample, [y.detach(), *gradients], grad)
 
 
 @each_op
