@@ -88,21 +88,25 @@ struct ContextGradient {
     }
     constexpr size_t size = kLanes<T> * sizeof(T);
     const bool past_caches = far && reinterpret_cast<uintptr_t>(to) % size == 0 && grad_x.pixel * sizeof(T) % size == 0;
-    for_lanes<T>(c, [=, this, &a, &d](int64_t i, auto lanes) CONVBLOCKS_LOOP {
+    const int64_t x_step = x.pixel, grad_step = grad.pixel, to_step = grad_x.pixel;
+    for_lanes<T>(c, [=, *this](int64_t i, auto lanes) CONVBLOCKS_LOOP {
       const Vec<A> mean = load(context + i, lanes), by_grad = load(scale + i, lanes);
       const Vec<A> by_attention = load(grad_context + i, lanes), by_dz = load(weight + i, lanes);
-      Vec<A> sum{};
+      Vec<A> sum{}, results[S];
 #pragma GCC unroll 4
       for (int s = 0; s < S; s++) {
-        sum += (load(v + s * x.pixel + i, lanes) - mean) * d[s];
-        const Vec<A> result = load(g + s * grad.pixel + i, lanes) * by_grad + by_attention * a[s] + by_dz * d[s];
+        sum += (load(v + s * x_step + i, lanes) - mean) * d[s];
+        results[s] = load(g + s * grad_step + i, lanes) * by_grad + by_attention * a[s] + by_dz * d[s];
+      }
+#pragma GCC unroll 4
+      for (int s = 0; s < S; s++) {
         if constexpr (std::is_same_v<decltype(lanes), Full>) {
           if (past_caches) {
-            store_past_caches(to + s * grad_x.pixel + i, result);
+            store_past_caches(to + s * to_step + i, results[s]);
             continue;
           }
         }
-        store(to + s * grad_x.pixel + i, result, lanes);
+        store(to + s * to_step + i, results[s], lanes);
       }
       store(out + i, load(out + i, lanes) + sum, lanes);
     });
@@ -118,9 +122,13 @@ void context_gradient(const Team& team, const Chunks<T>& chunks, const ContextGr
   using A = Acc<T>;
   const int64_t c = gradient.c;
   const bool planes = gradient.x.pixel == 1;
-  chunks.each(team, 3 * c, [=, &gradient](int64_t chunk, int64_t some) {
+  constexpr int L = kLanes<T>;
+  const bool fetch = L * c * sizeof(T) <= 16 << 10;  // the next rows, where the first cache holds them, too
+  // Of planes, little enough that the second cache holds it between its two reads, if that leaves long pieces.
+  const bool few = planes && chunks.length * c * sizeof(T) <= 256 << 10;
+  const int64_t most = few ? std::max<int64_t>(1, 1024 / chunks.length) : chunks.together;
+  const auto some_chunks = [=, &gradient](int64_t chunk, int64_t some) {
     const int64_t start = chunks.first(chunk), all = chunks.size(chunk, some);
-    constexpr int L = kLanes<T>;
     const Scratch<A> scratch(all + some * L * L);
     A *const dz = scratch.data(), *const sums = dz + all;  // dz: of the pixels from start on
     const auto weigh = [&](int64_t first, int64_t pixels) {
@@ -142,7 +150,11 @@ void context_gradient(const Team& team, const Chunks<T>& chunks, const ContextGr
           store(d + p, slope, lanes);
           total += slope;
         });
-        if (!planes) gradient.rows(first, pixels, attention + first, dz + first - start, out);
+        if (!planes) {
+          const int64_t next = std::min<int64_t>(fetch ? L : 0, end - first - pixels);
+          fetch_rows(row<T>(gradient.x, gradient.sample, 0, first + pixels), gradient.x.pixel, next, c);
+          gradient.rows(first, pixels, attention + first, dz + first - start, out);
+        }
         first += pixels;
       }
       out[c] = sum_lanes(total);
@@ -163,6 +175,10 @@ void context_gradient(const Team& team, const Chunks<T>& chunks, const ContextGr
       }
     }
     finish_stores();
+  };
+  chunks.each(team, 3 * c, [=](int64_t chunk, int64_t some) {
+    const int64_t last = chunk + some;
+    for (; chunk < last; chunk += most) some_chunks(chunk, std::min(most, last - chunk));
   });
 }
 
