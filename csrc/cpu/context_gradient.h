@@ -123,7 +123,9 @@ void context_gradient(const Team& team, const Chunks<T>& chunks, const ContextGr
   const int64_t c = gradient.c;
   const bool planes = gradient.x.pixel == 1;
   constexpr int L = kLanes<T>;
-  const bool fetch = L * c * sizeof(T) <= 16 << 10;  // the next rows, where the first cache holds them, too
+  const int64_t rows_bytes = L * c * sizeof(T);
+  const bool fetch = rows_bytes <= 16 << 10;  // the next rows, where the first cache holds them, too
+  const int64_t rows = rows_bytes <= 32 << 10 ? L : 4;
   // Of planes, little enough that the second cache holds it between its two reads, if that leaves long pieces.
   const bool few = planes && chunks.length * c * sizeof(T) <= 256 << 10;
   const int64_t most = few ? std::max<int64_t>(1, 1024 / chunks.length) : chunks.together;
@@ -143,7 +145,7 @@ void context_gradient(const Team& team, const Chunks<T>& chunks, const ContextGr
       Vec<A> total{};
       // Rows while they are in the first cache.
       for (int64_t first = begin; first < end;) {
-        const int64_t pixels = std::min<int64_t>(planes ? end - begin : L, end - first);
+        const int64_t pixels = std::min<int64_t>(planes ? end - begin : rows, end - first);
         if (!planes) weigh(first, pixels);
         for_lanes<A>(pixels, [&, d = dz + first - start](int64_t p, auto lanes) {
           const Vec<A> slope = load(attention + first + p, lanes) * load(d + p, lanes);
