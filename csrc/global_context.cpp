@@ -242,7 +242,7 @@ struct GlobalContextOf<std::index_sequence<I...>> {
   }
 };
 
-using GlobalContext = GlobalContextOf<std::make_index_sequence<kParameters>>;
+struct GlobalContext : GlobalContextOf<std::make_index_sequence<kParameters>> {};
 CONVBLOCKS_REGISTER(GlobalContext)
 
 }  // namespace convblocks

@@ -9,6 +9,8 @@ namespace convblocks {
 
 template <class Op, class Function = decltype(&Op::formula)>
 struct HandingOn;
+template <class Op>
+struct HandingOnNode;
 
 template <class Op, class... Args>
 struct HandingOn<Op, Tensor (*)(const Tensor&, Args...)> {
@@ -18,21 +20,20 @@ struct HandingOn<Op, Tensor (*)(const Tensor&, Args...)> {
   static std::string name() { return std::string("_") + Op::name + "_handing_on"; }
   static inline KernelSlot slot{std::string("convblocks_") + Op::name + "_backward_onto", false};
 
-  struct Node : torch::autograd::Function<Node> {
+  struct Derivative {
     static variable_list forward(AutogradContext* ctx, const Tensor& x, Args... args) {
       ctx->set_materialize_grads(false);
       at::AutoDispatchBelowADInplaceOrView guard;
       const Tensor y = Plain::call(x, args...);
-      return {Plain::Node::forward(ctx, &y, x, args...), x};
+      return {Plain::Derivative::forward(ctx, &y, x, args...), x};
     }
-    // By reference: a copy would hold the gradients, too.
     static variable_list backward(AutogradContext* ctx, const variable_list& grad) {
       if (!grad[0].defined()) {
         variable_list handed(1 + sizeof...(Args));
         handed[0] = grad[1];
         return handed;
       }
-      variable_list result = Plain::Node::gradients(ctx, [&](const Tensor& x, const auto&... rest) {
+      variable_list result = Plain::Derivative::gradients(ctx, [&](const Tensor& x, const auto&... rest) {
         if (!takes_more(grad[1], grad[0], x) || !(is_plain(rest) && ...)) {
           Grads grads = Plain::unpack(Plain::call_backward(grad[0], x, rest...));
           if (grad[1].defined()) grads[0] = grads[0] + grad[1];
@@ -70,7 +71,7 @@ struct HandingOn<Op, Tensor (*)(const Tensor&, Args...)> {
     const bool plain = !slot.on(x) || under_transform() || at::isTensorSubclassLike(x) || has_tangent(x) ||
                        (has_tangent(args) || ...) || (is_missing(args) || ...);
     if (plain || !at::GradMode::is_enabled() || !wants_grad(x)) return {Plain::call(x, args...), x};
-    const variable_list both = Node::apply(x, args...);
+    const variable_list both = HandingOnNode<Op>::apply(x, args...);
     return {both[0], both[1]};
   }
 
@@ -78,6 +79,19 @@ struct HandingOn<Op, Tensor (*)(const Tensor&, Args...)> {
     std::string schema(Op::schema);  // (Tensor x, ...) -> Tensor
     schema.replace(schema.find("Tensor x"), 8, "Tensor(a) x").replace(schema.rfind("Tensor"), 6, "(Tensor, Tensor(a))");
     define_once(m, name(), schema.c_str());
+  }
+};
+
+template <class Op>
+struct HandingOnNode : torch::autograd::Function<HandingOnNode<Op>> {
+  using Derivative = typename HandingOn<Op>::Derivative;
+  template <class... Args>
+  static variable_list forward(AutogradContext* ctx, const Args&... args) {
+    return Derivative::forward(ctx, args...);
+  }
+  // By reference: a copy would hold the gradients, too.
+  static variable_list backward(AutogradContext* ctx, const variable_list& grad) {
+    return Derivative::backward(ctx, grad);
   }
 };
 
