@@ -34,8 +34,8 @@ struct GlobalContextArgs {
   ContextWeights weights;
   Map x;
   Map y;  // x's layout, dense
-  void*
-      memory;  // what the backward takes: the contexts (N, C) and, where it is not the mean, attention (N, HW); or null
+  // Null, or for what the backward takes: the contexts (N, C) and, where these are not the mean, attention (N, HW).
+  void* memory;
 };
 
 // With gc the gradient of c, r = gc . x of a pixel and dz = a (r - gc . c): grad_x = grad * gate + a gc + dz w.
