@@ -215,8 +215,11 @@ struct GlobalContextOf<std::index_sequence<I...>> {
   }
 
   static inline KernelSlot remembering{"convblocks_global_context_remembers", false};
-  static int64_t memory_size(const Tensor& x, const Parameters& p) {
-    return x.size(0) * (x.size(1) + (p[kAttnWeight].has_value() ? x.size(2) * x.size(3) : 0));
+  static int64_t memory_size(const Tensor& x, Given<I>... tensors, double, std::string_view, std::string_view) {
+    return remembering.on(x) && x.dim() == 4 ? memory_size(x, std::get<kAttnWeight>(std::tie(tensors...))) : 0;
+  }
+  static int64_t memory_size(const Tensor& x, const MaybeTensor& attn_weight) {
+    return x.numel() ? x.size(0) * (x.size(1) + (attn_weight.has_value() ? x.size(2) * x.size(3) : 0)) : 0;
   }
 
   static void run(const Call& kernel, const Tensor& y, const Tensor& x, Given<I>... tensors, double eps,
@@ -224,9 +227,8 @@ struct GlobalContextOf<std::index_sequence<I...>> {
     Parameters dense{tensors...};
     const auto w = weights(dense, eps, activation, gate);
     const auto format = walk_format(x);
-    const auto memory = Memory::keep(x, remembering, memory_size(x, dense));
     kernel(GlobalContextArgs{dtype_of(x), x.size(0), x.size(1), x.size(2) * x.size(3), w, Walk(x, format).map,
-                             Walk(y, format).map, memory});
+                             Walk(y, format).map, Memory::keep(x)});
   }
 
   static void run_backward(const Call& kernel, Grads& grads, const Tensor& grad, const Tensor& x, Given<I>... tensors,
@@ -238,7 +240,7 @@ struct GlobalContextOf<std::index_sequence<I...>> {
     const auto format = walk_format(x);
     kernel(GlobalContextBackwardArgs{dtype_of(x), x.size(0), x.size(1), x.size(2) * x.size(3), w,
                                      Walk(grad, format).map, Walk(x, format).map, Walk(grads[0], format).map,
-                                     Memory::kept(x, remembering, memory_size(x, dense)), pointers(dense, data)});
+                                     Memory::kept(x, memory_size(x, dense[kAttnWeight])), pointers(dense, data)});
   }
 };
 

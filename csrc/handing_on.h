@@ -1,7 +1,6 @@
 // An operation of a map that later ones read, too, and that hands the map on to them: it adds its gradient of the map to
 // theirs, in place where nobody else holds that. Autograd, left to it, adds up whole maps, each in memory of its own.
 #pragma once
-#include <ATen/TensorSubclassLikeUtils.h>
 
 #include "op.h"
 
@@ -48,18 +47,10 @@ struct HandingOn<Op, Tensor (*)(const Tensor&, Args...)> {
       result.erase(result.begin());  // what Plain's node has for `known`
       return result;
     }
-    // Whether a kernel may read it as it lies: the dispatcher, which sees to that, is passed by.
-    static bool is_plain(const Tensor& t) {
-      return !has_tangent(t) && !t.is_neg() && !t._is_zerotensor() && !at::isTensorSubclassLike(t);
-    }
-    static bool is_plain(const MaybeTensor& t) { return !t.has_value() || is_plain(*t); }
-    template <class T>
-    static bool is_plain(const T&) {
-      return true;
-    }
     static bool takes_more(const Tensor& onto, const Tensor& grad, const Tensor& x) {
       if (!onto.defined() || at::GradMode::is_enabled() || under_transform() || is_empty(x) || !slot.on(x))
         return false;
+      if (c10::impl::dispatch_mode_enabled()) return false;
       if (!is_plain(onto) || !is_plain(grad) || !is_plain(x) || !x.is_cpu()) return false;
       const bool alone = onto.use_count() == 1 && onto.has_storage() && onto.storage().use_count() == 1;
       const bool alike = onto.scalar_type() == x.scalar_type() && onto.sizes() == x.sizes();

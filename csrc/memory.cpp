@@ -1,37 +1,47 @@
 #include "memory.h"
 
+#include <ATen/EmptyTensor.h>
 #include <ATen/OpMathType.h>
 #include <c10/core/impl/TorchDispatchModeTLS.h>
-
-#include "op.h"
 
 namespace convblocks {
 
 static thread_local Memory* innermost = nullptr;
 
-Memory::Memory(const Tensor& x, Tensor kept) : x_(x), kept_(std::move(kept)), outer_(innermost) {
-  innermost = c10::impl::TorchDispatchModeTLS::any_modes_set() ? nullptr : this;
+// Of what the numbers are, which are those of the kernel's sums; f takes the place of the last, which says that they are
+// there.
+template <class F>
+static auto with_mark(const Tensor& kept, F f) {
+  const int64_t last = kept.numel() - 1;
+  return kept.scalar_type() == at::kDouble ? f(static_cast<double*>(kept.data_ptr())[last])
+                                           : f(static_cast<float*>(kept.data_ptr())[last]);
 }
+
+Memory::Memory(const Tensor& x, Tensor kept) : x_(x), kept_(std::move(kept)), outer_(innermost) {
+  const bool open = kept_.defined() && !c10::impl::TorchDispatchModeTLS::any_modes_set();
+  innermost = open ? this : nullptr;
+}
+
+Memory::Memory(const Tensor& x, int64_t size)
+    : Memory(x, size ? Tensor(at::detail::empty_cpu({size + 1}, at::toOpMathType(x.scalar_type()))) : Tensor()) {
+  if (size) with_mark(kept_, [](auto& mark) { mark = 0; });
+}
+
 Memory::~Memory() { innermost = outer_; }
 
-Memory* Memory::of(const Tensor& x, const KernelSlot& remembering) {
-  return innermost && innermost->x_.is_same(x) && remembering.on(x) ? innermost : nullptr;
+void* Memory::keep(const Tensor& x) {
+  if (!innermost || !innermost->x_.is_same(x)) return nullptr;
+  const Tensor& kept = innermost->kept_;
+  with_mark(kept, [](auto& mark) { mark = 1; });
+  return kept.data_ptr();
 }
 
-void* Memory::keep(const Tensor& x, const KernelSlot& remembering, int64_t size) {
-  Memory* const memory = of(x, remembering);
-  if (!memory) return nullptr;
-  memory->kept_ = at::empty({size}, x.options().dtype(at::toOpMathType(x.scalar_type())));
-  return memory->kept_.data_ptr();
-}
-
-const void* Memory::kept(const Tensor& x, const KernelSlot& remembering, int64_t size) {
-  const Memory* const memory = of(x, remembering);
-  if (!memory || !memory->kept_.defined()) return nullptr;
-  const Tensor& t = memory->kept_;  // hooks may have put anything in its place
-  const bool usable = t.numel() == size && t.scalar_type() == at::toOpMathType(x.scalar_type()) &&
-                      t.device() == x.device() && t.is_contiguous();
-  return usable ? t.const_data_ptr() : nullptr;
+const void* Memory::kept(const Tensor& x, int64_t size) {
+  if (!innermost || !innermost->x_.is_same(x)) return nullptr;
+  const Tensor& kept = innermost->kept_;  // hooks may have put anything in its place
+  const bool as_it_was = kept.numel() == size + 1 && kept.scalar_type() == at::toOpMathType(x.scalar_type()) &&
+                         kept.is_cpu() && kept.is_contiguous();
+  return as_it_was && with_mark(kept, [](auto& mark) { return mark == 1; }) ? kept.const_data_ptr() : nullptr;
 }
 
 }  // namespace convblocks

@@ -21,6 +21,7 @@
 //     static std::vector<c10::SymInt> output_size(const Tensor& x, double e_lambda);         // else that of x
 //     static constexpr bool autocasts = true;                         // computes, as convolutions do, in autocast's dtype
 //     static Grads empty_grads(const Tensor& grad, ...);                  // of maps among the other arguments, or in a list
+//     static int64_t memory_size(const Tensor& x, double e_lambda);       // of the Memory that run keeps and run_backward takes
 #pragma once
 #include <ATen/TensorOperators.h>
 #include <ATen/core/Tensor.h>
@@ -147,6 +148,13 @@ struct Operator<Op, Tensor (*)(Args...), Gradient (*)(BackwardArgs...)> {
   }
   static const Tensor& first(const Args&... args) { return first_map(std::get<0>(std::tie(args...))); }
   static Tensor empty_output(Args... args) { return empty_map(first(args...), output_size(args...)); }
+  // Where a kernel reads every tensor as it lies.
+  static int64_t memory_size(Args... args) {
+    if constexpr (requires { Op::memory_size(args...); })
+      return (is_plain(args) && ...) ? Op::memory_size(args...) : 0;
+    else
+      return 0;
+  }
   static Grads empty_grads(BackwardArgs... args) {
     if constexpr (requires { Op::empty_grads(args...); }) return Op::empty_grads(args...);
     Grads grads;
@@ -237,7 +245,7 @@ struct Operator<Op, Tensor (*)(Args...), Gradient (*)(BackwardArgs...)> {
       };
       (keep(args), ...);
       at::AutoDispatchBelowADInplaceOrView guard;
-      const Memory memory(first(args...));
+      const Memory memory(first(args...), memory_size(args...));
       const Tensor y = known ? *known : call(args...);
       if (memory.kept().defined()) saved.push_back(memory.kept());
       ctx->save_for_backward(std::move(saved));

@@ -86,9 +86,9 @@ def _macs(sample: Sample) -> int:
 
 
 def _memory(sample: Sample) -> int:
-    """The contexts and, where it is not the mean, attention."""
+    """The contexts and, where it is not the mean, attention, and whether they are there."""
     n, c, h, w = sample.x.shape
-    return n * (c + (0 if sample.args[1] is None else h * w))
+    return n * (c + (0 if sample.args[1] is None else h * w)) + 1
 
 
 INFO = OpInfo(

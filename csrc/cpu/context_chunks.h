@@ -65,12 +65,19 @@ struct Chunks {
     }
   }
 
-  // out[i] = the sum over the chunks, in order, of partial[chunk * n + i] * factor(chunk).
+  // out[i] = the sum over the chunks, in order, of partial[chunk * n + i] * factor(chunk). Of many from sums of few.
   template <class F>
   void merge(int64_t n, const A* partial, A* out, F factor) const {
+    constexpr int64_t kFew = 32;
     for_lanes<A>(n, [=, this](int64_t i, auto lanes) CONVBLOCKS_LOOP {
       Vec<A> total{};
-      for (int64_t k = 0; k < count; k++) total += load(partial + k * n + i, lanes) * factor(k);
+      for (int64_t begin = 0; begin < count; begin += kFew) {
+        Vec<A> sum{};
+        for (int64_t k = begin; k < std::min(count, begin + kFew); k++) {
+          sum += load(partial + k * n + i, lanes) * factor(k);
+        }
+        total += sum;
+      }
       store(out + i, total, lanes);
     });
   }

@@ -3,7 +3,6 @@
 // (maximum, sum of exponentials, weighted sums of the channels) is put together afterwards, in order.
 #pragma once
 #include "context_chunks.h"
-#include "lanes.h"
 #include "weigh_channels.h"
 
 namespace convblocks::cpu {
@@ -188,8 +187,10 @@ class ContextPool {
           weigh_channels<false>(x + p * step, x_, count, c_, weight_, static_cast<const A*>(nullptr), bias_, logits);
         },
         [=, this](int64_t p, int64_t count, const A* weights) {
-          by_rows<L>(count, [=, this]<int S>(int64_t j, std::integral_constant<int, S>)
-                                CONVBLOCKS_LOOP { add_rows<S>(x + (p + j) * step, weights + j, out); });
+          by_rows<L>(count, [=, this]<int S>(int64_t j, std::integral_constant<int, S>) CONVBLOCKS_LOOP {
+            if (p + count + j + S <= last) fetch_rows(x + (p + count + j) * step, step, S, c_);  // those pooled next
+            add_rows<S>(x + (p + j) * step, weights + j, out);
+          });
         });
   }
 
