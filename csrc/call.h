@@ -26,8 +26,6 @@ struct KernelSlot {
 class Call : Context {
  public:
   Call(const char* op, const KernelSlot& slot, const Tensor& x);
-  ~Call();
-  Call(const Call&) = delete;
 
   template <class Args>
   void operator()(const Args& args) const {
@@ -41,7 +39,6 @@ class Call : Context {
   void* function_;
   const Tensor& x_;
   mutable std::vector<Tensor> kept_;
-  const size_t used_before_;  // of the thread's memory for small workspaces
 };
 
 Dtype dtype_of(const Tensor& t);
