@@ -1,6 +1,7 @@
 // What registration asks of an operation's arguments, whatever their types: a map, a list of maps, a tensor that may be
 // absent, or no tensor at all.
 #pragma once
+#include <ATen/TensorSubclassLikeUtils.h>
 #include <ATen/core/Tensor.h>
 #include <torch/csrc/autograd/VariableTypeUtils.h>
 
@@ -42,6 +43,16 @@ inline std::vector<c10::SymInt> channels_of(at::TensorList maps) {
   std::vector<c10::SymInt> channels;
   for (const Tensor& t : maps) channels.push_back(t.sym_size(1));
   return channels;
+}
+
+// Whether a kernel may read it as it lies. Under a mode, too: who passes the dispatcher by has to ask for that besides.
+inline bool is_plain(const Tensor& t) {
+  return !has_tangent(t) && !t.is_neg() && !t._is_zerotensor() && !t.key_set().has_any(at::kTensorSubclassLike);
+}
+inline bool is_plain(const std::optional<Tensor>& t) { return !t.has_value() || is_plain(*t); }
+template <class T>
+bool is_plain(const T&) {
+  return true;
 }
 
 template <class T>

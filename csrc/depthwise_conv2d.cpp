@@ -224,7 +224,7 @@ struct WithSums<Tensor (*)(Args...)> {
     };
     const auto [y, sums] = compute();
     if (!(at::GradMode::is_enabled() && (wants_grad(args) || ...))) return {y, sums};
-    const Tensor output = Plain::Node::apply(&y, args...);
+    const Tensor output = Node<DepthwiseConv2d>::apply(&y, args...);
     return {output, Sum::apply(output, &sums)};
   }
   template <at::DeviceType kDevice>

@@ -13,6 +13,7 @@
 #include <utility>
 
 #include "layer_formula.h"
+#include "memory.h"
 
 namespace convblocks {
 
@@ -213,13 +214,21 @@ struct GlobalContextOf<std::index_sequence<I...>> {
     return {pointers(dense, data), *dtype, eps, activation_of(name, activation), gate_of(name, gate)};
   }
 
+  static inline KernelSlot remembering{"convblocks_global_context_remembers", false};
+  static int64_t memory_size(const Tensor& x, Given<I>... tensors, double, std::string_view, std::string_view) {
+    return remembering.on(x) && x.dim() == 4 ? memory_size(x, std::get<kAttnWeight>(std::tie(tensors...))) : 0;
+  }
+  static int64_t memory_size(const Tensor& x, const MaybeTensor& attn_weight) {
+    return x.numel() ? x.size(0) * (x.size(1) + (attn_weight.has_value() ? x.size(2) * x.size(3) : 0)) : 0;
+  }
+
   static void run(const Call& kernel, const Tensor& y, const Tensor& x, Given<I>... tensors, double eps,
                   std::string_view activation, std::string_view gate) {
     Parameters dense{tensors...};
     const auto w = weights(dense, eps, activation, gate);
     const auto format = walk_format(x);
     kernel(GlobalContextArgs{dtype_of(x), x.size(0), x.size(1), x.size(2) * x.size(3), w, Walk(x, format).map,
-                             Walk(y, format).map});
+                             Walk(y, format).map, Memory::keep(x)});
   }
 
   static void run_backward(const Call& kernel, Grads& grads, const Tensor& grad, const Tensor& x, Given<I>... tensors,
@@ -231,11 +240,11 @@ struct GlobalContextOf<std::index_sequence<I...>> {
     const auto format = walk_format(x);
     kernel(GlobalContextBackwardArgs{dtype_of(x), x.size(0), x.size(1), x.size(2) * x.size(3), w,
                                      Walk(grad, format).map, Walk(x, format).map, Walk(grads[0], format).map,
-                                     pointers(dense, data)});
+                                     Memory::kept(x, memory_size(x, dense[kAttnWeight])), pointers(dense, data)});
   }
 };
 
-using GlobalContext = GlobalContextOf<std::make_index_sequence<kParameters>>;
+struct GlobalContext : GlobalContextOf<std::make_index_sequence<kParameters>> {};
 CONVBLOCKS_REGISTER(GlobalContext)
 
 }  // namespace convblocks

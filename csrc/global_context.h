@@ -34,9 +34,10 @@ struct GlobalContextArgs {
   ContextWeights weights;
   Map x;
   Map y;  // x's layout, dense
+  // Null, or for what the backward takes: the contexts (N, C) and, where these are not the mean, attention (N, HW).
+  void* memory;
 };
 
-// Recomputes the context in the pass over x that the sums of grad * x and of grad need: nothing but the inputs is kept.
 // With gc the gradient of c, r = gc . x of a pixel and dz = a (r - gc . c): grad_x = grad * gate + a gc + dz w.
 struct GlobalContextBackwardArgs {
   Dtype dtype;
@@ -45,11 +46,14 @@ struct GlobalContextBackwardArgs {
   Map grad;  // same kind of layout as x
   Map x;
   Map grad_x;
+  const void* memory;       // null: to be computed again
   ContextParameters grads;  // shapes and dtype of the weights; null where the weight is
 };
 
 }  // namespace convblocks
 
+// In the shared objects whose kernels keep a memory and take it: those of the CPU.
+CONVBLOCKS_KERNEL const bool convblocks_global_context_remembers;
 CONVBLOCKS_KERNEL const char* convblocks_global_context(const convblocks::Context&,
                                                         const convblocks::GlobalContextArgs&);
 CONVBLOCKS_KERNEL const char* convblocks_global_context_backward(const convblocks::Context&,

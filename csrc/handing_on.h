@@ -1,7 +1,6 @@
 // An operation of a map that later ones read, too, and that hands the map on to them: it adds its gradient of the map to
 // theirs, in place where nobody else holds that. Autograd, left to it, adds up whole maps, each in memory of its own.
 #pragma once
-#include <ATen/TensorSubclassLikeUtils.h>
 
 #include "op.h"
 
@@ -9,6 +8,8 @@ namespace convblocks {
 
 template <class Op, class Function = decltype(&Op::formula)>
 struct HandingOn;
+template <class Op>
+struct HandingOnNode;
 
 template <class Op, class... Args>
 struct HandingOn<Op, Tensor (*)(const Tensor&, Args...)> {
@@ -18,21 +19,20 @@ struct HandingOn<Op, Tensor (*)(const Tensor&, Args...)> {
   static std::string name() { return std::string("_") + Op::name + "_handing_on"; }
   static inline KernelSlot slot{std::string("convblocks_") + Op::name + "_backward_onto", false};
 
-  struct Node : torch::autograd::Function<Node> {
+  struct Derivative {
     static variable_list forward(AutogradContext* ctx, const Tensor& x, Args... args) {
       ctx->set_materialize_grads(false);
       at::AutoDispatchBelowADInplaceOrView guard;
       const Tensor y = Plain::call(x, args...);
-      return {Plain::Node::forward(ctx, &y, x, args...), x};
+      return {Plain::Derivative::forward(ctx, &y, x, args...), x};
     }
-    // By reference: a copy would hold the gradients, too.
     static variable_list backward(AutogradContext* ctx, const variable_list& grad) {
       if (!grad[0].defined()) {
         variable_list handed(1 + sizeof...(Args));
         handed[0] = grad[1];
         return handed;
       }
-      variable_list result = Plain::Node::gradients(ctx, [&](const Tensor& x, const auto&... rest) {
+      variable_list result = Plain::Derivative::gradients(ctx, [&](const Tensor& x, const auto&... rest) {
         if (!takes_more(grad[1], grad[0], x) || !(is_plain(rest) && ...)) {
           Grads grads = Plain::unpack(Plain::call_backward(grad[0], x, rest...));
           if (grad[1].defined()) grads[0] = grads[0] + grad[1];
@@ -47,18 +47,10 @@ struct HandingOn<Op, Tensor (*)(const Tensor&, Args...)> {
       result.erase(result.begin());  // what Plain's node has for `known`
       return result;
     }
-    // Whether a kernel may read it as it lies: the dispatcher, which sees to that, is passed by.
-    static bool is_plain(const Tensor& t) {
-      return !has_tangent(t) && !t.is_neg() && !t._is_zerotensor() && !at::isTensorSubclassLike(t);
-    }
-    static bool is_plain(const MaybeTensor& t) { return !t.has_value() || is_plain(*t); }
-    template <class T>
-    static bool is_plain(const T&) {
-      return true;
-    }
     static bool takes_more(const Tensor& onto, const Tensor& grad, const Tensor& x) {
       if (!onto.defined() || at::GradMode::is_enabled() || under_transform() || is_empty(x) || !slot.on(x))
         return false;
+      if (c10::impl::dispatch_mode_enabled()) return false;
       if (!is_plain(onto) || !is_plain(grad) || !is_plain(x) || !x.is_cpu()) return false;
       const bool alone = onto.use_count() == 1 && onto.has_storage() && onto.storage().use_count() == 1;
       const bool alike = onto.scalar_type() == x.scalar_type() && onto.sizes() == x.sizes();
@@ -70,7 +62,7 @@ struct HandingOn<Op, Tensor (*)(const Tensor&, Args...)> {
     const bool plain = !slot.on(x) || under_transform() || at::isTensorSubclassLike(x) || has_tangent(x) ||
                        (has_tangent(args) || ...) || (is_missing(args) || ...);
     if (plain || !at::GradMode::is_enabled() || !wants_grad(x)) return {Plain::call(x, args...), x};
-    const variable_list both = Node::apply(x, args...);
+    const variable_list both = HandingOnNode<Op>::apply(x, args...);
     return {both[0], both[1]};
   }
 
@@ -78,6 +70,19 @@ struct HandingOn<Op, Tensor (*)(const Tensor&, Args...)> {
     std::string schema(Op::schema);  // (Tensor x, ...) -> Tensor
     schema.replace(schema.find("Tensor x"), 8, "Tensor(a) x").replace(schema.rfind("Tensor"), 6, "(Tensor, Tensor(a))");
     define_once(m, name(), schema.c_str());
+  }
+};
+
+template <class Op>
+struct HandingOnNode : torch::autograd::Function<HandingOnNode<Op>> {
+  using Derivative = typename HandingOn<Op>::Derivative;
+  template <class... Args>
+  static variable_list forward(AutogradContext* ctx, const Args&... args) {
+    return Derivative::forward(ctx, args...);
+  }
+  // By reference: a copy would hold the gradients, too.
+  static variable_list backward(AutogradContext* ctx, const variable_list& grad) {
+    return Derivative::backward(ctx, grad);
   }
 };
 

@@ -14,6 +14,8 @@
 #include <sys/mman.h>
 #include <torch/csrc/stable/c/shim.h>
 
+#include <cstdlib>
+#include <memory>
 #include <sstream>
 
 namespace convblocks {
@@ -90,7 +92,7 @@ static std::vector<KernelSlot*>& slots() {
 
 KernelSlot::KernelSlot(std::string s, bool e) : symbol(std::move(s)), everywhere(e) { slots().push_back(this); }
 
-static bool cpu_convolves = false;
+static bool cpu_convolves = false;  // the kernels of the CPU are its own, and not those of CUDA compiled for it
 
 // Makes the kernels in a shared object those of a device. The object stays loaded: a call may be running in it.
 static void load_kernels(std::string_view path, std::string_view device) {
@@ -125,7 +127,28 @@ std::tuple<Tensor, Tensor> convolution_gradients(const Tensor& grad, const Tenso
   return gradients;
 }
 
-Call::Call(const char* op, const KernelSlot& slot, const Tensor& x) : op_(op), function_(slot.on(x)), x_(x) {
+// What the CPU kernels of a thread work on, where it is small: kept for the next call, which finds it in the cache.
+struct Arena {
+  static constexpr size_t kBytes = 512 << 10, kAlignment = 64;
+  std::unique_ptr<void, decltype(&std::free)> data{nullptr, std::free};
+  size_t used = 0;
+
+  void* take(size_t bytes) {
+#if defined(__SANITIZE_ADDRESS__)
+    return nullptr;  // each has its own, so that what is past its end is seen
+#endif
+    bytes = (bytes + kAlignment - 1) / kAlignment * kAlignment;
+    if (bytes > kBytes - used) return nullptr;
+    if (!data) data.reset(std::aligned_alloc(kAlignment, kBytes));
+    if (!data) return nullptr;
+    used += bytes;
+    return static_cast<std::byte*>(data.get()) + used - bytes;
+  }
+};
+static thread_local Arena arena;
+
+Call::Call(const char* op, const KernelSlot& slot, const Tensor& x)
+    : op_(op), function_(slot.on(x)), x_(x), used_before_(arena.used) {
   stream = nullptr;
   if (x.is_cuda()) {
     stream = c10::impl::VirtualGuardImpl(x.device().type()).getStream(x.device()).native_handle();
@@ -133,6 +156,8 @@ Call::Call(const char* op, const KernelSlot& slot, const Tensor& x) : op_(op), f
   threads = at::get_num_threads();
   workspace = [](const Context& context, size_t bytes) -> void* {
     const auto& call = static_cast<const Call&>(context);
+    void* const small = call.x_.is_cpu() && cpu_convolves ? arena.take(bytes) : nullptr;
+    if (small) return small;
     call.kept_.push_back(at::empty({static_cast<int64_t>(bytes)}, call.x_.options().dtype(at::kByte)));
     return call.kept_.back().data_ptr();
   };
@@ -152,6 +177,8 @@ Call::Call(const char* op, const KernelSlot& slot, const Tensor& x) : op_(op), f
     if (error) throw std::bad_alloc();  // the only thing that fails in a kernel
   };
 }
+
+Call::~Call() { arena.used = used_before_; }
 
 void Call::fail(const char* error) const {
   TORCH_CHECK(false, op_, ": expected the kernel to run on an input of size ", size_of(x_), ", got: ", error);

@@ -21,6 +21,7 @@
 //     static std::vector<c10::SymInt> output_size(const Tensor& x, double e_lambda);         // else that of x
 //     static constexpr bool autocasts = true;                         // computes, as convolutions do, in autocast's dtype
 //     static Grads empty_grads(const Tensor& grad, ...);                  // of maps among the other arguments, or in a list
+//     static int64_t memory_size(const Tensor& x, double e_lambda);       // of the Memory that run keeps and run_backward takes
 #pragma once
 #include <ATen/TensorOperators.h>
 #include <ATen/core/Tensor.h>
@@ -37,7 +38,8 @@
 #include <vector>
 
 #include "arguments.h"
-#include "kernel.h"
+#include "call.h"
+#include "memory.h"
 
 namespace convblocks {
 
@@ -72,51 +74,6 @@ const Arg& in_autocast_dtype(const Arg& argument, at::DeviceType) {
   return argument;
 }
 
-// --- kernels ----------------------------------------------------------------------------------------------------------
-
-// A kernel function by its name in the shared objects; null on a device that has none. Filled in by _load_kernels.
-struct KernelSlot {
-  explicit KernelSlot(std::string symbol, bool everywhere = true);
-  std::string symbol;
-  bool everywhere;  // in the shared objects of every device
-  void* cpu = nullptr;
-  void* cuda = nullptr;
-  void* on(const Tensor& x) const { return x.is_cuda() ? cuda : cpu; }
-};
-
-// One call of a kernel: the context it is lent, and its error turned into an exception.
-class Call : Context {
- public:
-  Call(const char* op, const KernelSlot& slot, const Tensor& x);
-
-  template <class Args>
-  void operator()(const Args& args) const {
-    using Function = const char* (*)(const Context&, const Args&);
-    if (const char* error = reinterpret_cast<Function>(function_)(*this, args)) fail(error);
-  }
-
- private:
-  [[noreturn]] void fail(const char* error) const;
-  const char* op_;
-  void* function_;
-  const Tensor& x_;
-  mutable std::vector<Tensor> kept_;
-};
-
-Dtype dtype_of(const Tensor& t);
-// A map as the kernels can walk it in `format`, which all maps of a call share: as it is where its strides allow, else a
-// dense copy, which lives as long as this does.
-struct Walk {
-  Walk(const Tensor& t, at::MemoryFormat format);
-  Tensor tensor;
-  Map map;
-};
-// That of an output: channels_last if x is so laid out, dense or not, else contiguous.
-at::MemoryFormat memory_format(const Tensor& x);
-// That of a call: a single channel is a plane, whatever its strides say.
-at::MemoryFormat walk_format(const Tensor& x);
-const void* data_of(const std::optional<Tensor>& t);
-
 // --- registration -----------------------------------------------------------------------------------------------------
 
 // A second definition of a schema aborts the process, so a copy of this library loaded twice must not make one.
@@ -135,6 +92,8 @@ void append_grad(Grads&, const T&) {}
 
 template <class Op, class Function = decltype(&Op::formula), class Backward = decltype(&Op::backward_formula)>
 struct Operator;
+template <class Op>
+struct Node;
 
 template <class Op, class... Args, class Gradient, class... BackwardArgs>
 struct Operator<Op, Tensor (*)(Args...), Gradient (*)(BackwardArgs...)> {
@@ -189,6 +148,13 @@ struct Operator<Op, Tensor (*)(Args...), Gradient (*)(BackwardArgs...)> {
   }
   static const Tensor& first(const Args&... args) { return first_map(std::get<0>(std::tie(args...))); }
   static Tensor empty_output(Args... args) { return empty_map(first(args...), output_size(args...)); }
+  // Where a kernel reads every tensor as it lies.
+  static int64_t memory_size(Args... args) {
+    if constexpr (requires { Op::memory_size(args...); })
+      return (is_plain(args) && ...) ? Op::memory_size(args...) : 0;
+    else
+      return 0;
+  }
   static Grads empty_grads(BackwardArgs... args) {
     if constexpr (requires { Op::empty_grads(args...); }) return Op::empty_grads(args...);
     Grads grads;
@@ -251,10 +217,11 @@ struct Operator<Op, Tensor (*)(Args...), Gradient (*)(BackwardArgs...)> {
     return pack(grads);
   }
 
-  // Keeps the arguments and nothing else; the kernel computes the rest again. Of a list of maps, their channels.
+  // Keeps the arguments, of a list of maps their channels, and a memory where there is one; the kernel computes the rest
+  // again.
   template <class T>
   using Kept = std::conditional_t<std::is_same_v<T, at::TensorList>, c10::SymIntArrayRef, T>;
-  struct Node : torch::autograd::Function<Node> {
+  struct Derivative {
     // `known`: the output, if it has been computed before; else null.
     static Tensor forward(AutogradContext* ctx, const Tensor* known, Args... args) {
       variable_list saved;
@@ -277,12 +244,14 @@ struct Operator<Op, Tensor (*)(Args...), Gradient (*)(BackwardArgs...)> {
         i++;
       };
       (keep(args), ...);
-      ctx->save_for_backward(std::move(saved));
-      if (known) return *known;
       at::AutoDispatchBelowADInplaceOrView guard;
-      return call(args...);
+      const Memory memory(first(args...), memory_size(args...));
+      const Tensor y = known ? *known : call(args...);
+      if (memory.kept().defined()) saved.push_back(memory.kept());
+      ctx->save_for_backward(std::move(saved));
+      return y;
     }
-    static variable_list backward(AutogradContext* ctx, variable_list grad) {
+    static variable_list backward(AutogradContext* ctx, const variable_list& grad) {
       return gradients(ctx, [&](const auto& x, const auto&... rest) {
         if constexpr (linear && !many)
           return unpack(call_backward(grad[0], rest...));
@@ -316,6 +285,8 @@ struct Operator<Op, Tensor (*)(Args...), Gradient (*)(BackwardArgs...)> {
       };
       // Braces: the arguments are restored from left to right.
       std::tuple<Kept<std::decay_t<Args>>...> args{restore(std::type_identity<std::decay_t<Args>>())...};
+      std::optional<Memory> memory;
+      if (tensor < saved.size()) memory.emplace(saved[0], saved[tensor]);
       Grads grads = std::apply(compute, args);
       if constexpr (many) {
         grads.resize(grads.size() + sizeof...(Args) - 1);  // none for the other arguments
@@ -338,7 +309,7 @@ struct Operator<Op, Tensor (*)(Args...), Gradient (*)(BackwardArgs...)> {
       return call(args...);
     }
     if ((is_missing(args) || ...)) Op::check(args...);  // which says so; autograd would crash
-    return Node::apply(static_cast<const Tensor*>(nullptr), args...);
+    return Node<Op>::apply(static_cast<const Tensor*>(nullptr), args...);
   }
   static Gradient backward_autograd(BackwardArgs... args) {
     if (under_transform() || (has_tangent(args) || ...) || (at::GradMode::is_enabled() && (wants_grad(args) || ...))) {
@@ -366,6 +337,19 @@ struct Operator<Op, Tensor (*)(Args...), Gradient (*)(BackwardArgs...)> {
   template <at::DeviceType kDevice>
   static void implement_autocast(torch::Library& m) {
     if constexpr (requires { Op::autocasts; }) m.impl(Op::name, autocast<kDevice>);
+  }
+};
+
+// Of few words: autograd spells its name out at each backward, which takes longer the more there is in it.
+template <class Op>
+struct Node : torch::autograd::Function<Node<Op>> {
+  using Derivative = typename Operator<Op>::Derivative;
+  template <class... Args>
+  static Tensor forward(AutogradContext* ctx, const Args&... args) {
+    return Derivative::forward(ctx, args...);
+  }
+  static variable_list backward(AutogradContext* ctx, const variable_list& grad) {
+    return Derivative::backward(ctx, grad);
   }
 };
 

@@ -85,6 +85,12 @@ def _macs(sample: Sample) -> int:
     return sample.x.shape[0] * sum(t.numel() for t in sample.parameters() if t.dim() > 1 and t.shape[0] > 1)
 
 
+def _memory(sample: Sample) -> int:
+    """The contexts and, where it is not the mean, attention, and whether they are there."""
+    n, c, h, w = sample.x.shape
+    return n * (c + (0 if sample.args[1] is None else h * w)) + 1
+
+
 INFO = OpInfo(
     name="global_context",
     op=ops.global_context,
@@ -101,5 +107,6 @@ INFO = OpInfo(
     bad_inputs=_bad_inputs,
     forward_flops=lambda s: 6 * s.x.numel() + 2 * _macs(s),
     backward_flops=lambda s: 18 * s.x.numel() + 6 * _macs(s),
+    memory=_memory,
     gpu_traffic=(1.8, 2.0),  # two reads and a write; backward: x and grad, both again, and a write: 1.2 times that
 )

@@ -115,6 +115,7 @@ class OpInfo:
     autocasts: bool = False  # computes, as torch's convolutions do, in the dtype of autocast
     largest: Callable[[Options], float] = lambda o: 60000.0  # values, in float16, of which the results are finite
     parts: tuple[str, ...] = ()  # the operations that one is composed of
+    memory: Callable[[Sample], int] = lambda s: 0  # numbers that CPU kernels keep for the backward besides the inputs
     by_torch: str = ""  # what of it torch computes, and when: it promises no more than torch there
 
     def sample(

@@ -1,117 +1,104 @@
-// The passes of global context over the maps of a sample. Pixels are taken in chunks: the logits of a chunk are made
-// from all its channels, and while it is in the cache its pixels are summed by the exponentials of these. What the
-// chunks leave (maximum, sum of exponentials, weighted sums of the channels) is put together afterwards, in order.
+// Global context's pooling of the pixels of a sample. They are taken in chunks: the logits of a chunk are made from all
+// its channels, and while it is in the cache its pixels are summed by the exponentials of these. What the chunks leave
+// (maximum, sum of exponentials, weighted sums of the channels) is put together afterwards, in order.
 #pragma once
-#include "channel_gate.h"
-#include "lanes.h"
+#include "context_chunks.h"
 #include "weigh_channels.h"
 
 namespace convblocks::cpu {
 
-// How the pixels of a sample are cut: by the sizes only. A thread takes several chunks of planes together where the last
-// cache holds them: what it then reads of a plane, or most of it, lies side by side.
 template <class T>
-struct Chunks {
-  int64_t pixels, length, count, together;
-  Chunks(int64_t c, int64_t hw, bool planes) : pixels(hw) {
-    constexpr int64_t L = kLanes<T>;
-    const int64_t bytes = c * sizeof(T);
-    const int64_t most =
-        planes ? std::clamp<int64_t>((384 << 10) / bytes, 64, 1024) : std::clamp<int64_t>((128 << 10) / bytes, 16, 256);
-    const int64_t even = (hw + most - 1) / most;
-    length = ((hw + even - 1) / even + L - 1) / L * L;
-    count = (hw + length - 1) / length;
-    together = planes ? std::max<int64_t>(1, (1536 << 10) / (length * bytes)) : 1;
-  }
-  int64_t first(int64_t chunk) const { return std::min(pixels, chunk * length); }
-  int64_t size(int64_t chunk, int64_t chunks = 1) const { return first(chunk + chunks) - first(chunk); }
-
-  // Calls f(chunk, chunks) for all chunks, several at a time, which a team divides.
-  template <class F>
-  void each(const Team& team, int64_t cost, F f) const {
-    // Compiled once, whoever calls it: two copies could round differently.
-    team.split(count, length * cost, [=, *this](int64_t first, int64_t last) __attribute__((noinline)) {
-      for (int64_t chunk = first; chunk < last; chunk += together) f(chunk, std::min(together, last - chunk));
-    });
-  }
-};
-
-// The context of a sample, and for the backward the sums of grad * x and of grad.
-template <class T, bool kBackward>
 class ContextPool {
  public:
   using A = Acc<T>;
-  static constexpr int K = kBackward ? 3 : 1;
 
-  // What is known of a sample after run(): K vectors of c, the context first.
   struct Sample {
-    A* sums;
-    A* weights;  // exp(logit - maximum of the chunk) of each pixel; null for the mean
-    A* chunks;   // of each chunk: its maximum, its sum of weights, and after run() what makes weights attention
-    A* partial;
+    A* context;    // (c)
+    A* attention;  // (hw) after merge(), if it is asked for; before, of each chunk exp(logit - its maximum)
+    A* chunks;     // of each: its maximum, its sum of exponentials, and what makes of these attention
+    A* partial;    // of each: the sums of its pixels, (c)
   };
 
-  ContextPool(const Context& context, int64_t n, int64_t c, int64_t hw, const Map& x, const Map& grad, const A* weight,
-              A bias)
-      : c_(c), hw_(hw), x_(x), grad_(grad), weight_(weight), bias_(bias), chunks(c, hw, x.pixel == 1),
-        fetch_(kBackward == (x.pixel != 1) && exceeds_caches((kBackward ? 4 : 1) * n * c * hw * sizeof(T))),
-        online_(online()) {
-    memory_ = static_cast<A*>(context.workspace(context, n * size() * sizeof(A)));
+  // `memory`: see GlobalContextArgs; may be null. `whole`: attention is asked for.
+  ContextPool(const Context& context, int64_t n, int64_t c, int64_t hw, const Map& x, const A* weight, A bias,
+              A* memory, bool whole)
+      : chunks(c, hw, x.pixel == 1), c_(c), hw_(hw), x_(x), weight_(weight), bias_(bias), whole_(whole && weight),
+        fetch_(x.pixel == 1 && exceeds_caches(n * c * hw * sizeof(T))), online_(online()) {
+    const auto take = [&](int64_t size) { return static_cast<A*>(context.workspace(context, size * sizeof(A))); };
+    contexts = memory ? memory : take(n * (c + (weight ? hw : 0)));
+    attention_ = contexts + n * c;
+    work_ = take(n * work_size());
   }
 
   Sample sample(int64_t i) const {
-    A* at = memory_ + i * size();
-    A* const chunk_numbers = at + K * c_;
-    A* const weights = chunk_numbers + 3 * chunks.count;
-    return {at, weight_ ? weights : nullptr, chunk_numbers, weights + (weight_ ? hw_ : 0)};
+    A* const work = work_ + i * work_size();
+    return {contexts + i * c_, weight_ ? attention_ + i * hw_ : nullptr, work, work + 3 * chunks.count};
   }
 
   void run(int64_t i, const Team& team) const {
-    const Sample s = sample(i);
-    chunks.each(team, (K + 1) * c_, [=, this](int64_t chunk, int64_t some) {
-      const int64_t first = chunks.first(chunk), last = chunk + some;
-      if (!weight_) {
-        for (int64_t k = chunk; k < last; k++) {
-          s.chunks[3 * k] = 0;
-          s.chunks[3 * k + 1] = A(chunks.size(k));
-        }
-        sum<false>(i, chunk, last, s);
-      } else if (online_) {
-        for (int64_t k = chunk; k < last; k++) {
-          const int64_t begin = chunks.first(k);
-          const auto pool = x_.pixel == 1 ? &ContextPool::pool_planes : &ContextPool::pool_rows;
-          (this->*pool)(i, begin, chunks.size(k), s.weights + begin, s.chunks + 3 * k, s.partial + k * K * c_);
-        }
-      } else {
-        weigh_channels<false>(row<T>(x_, i, 0, first), x_, chunks.size(chunk, some), c_, weight_,
-                              static_cast<const A*>(nullptr), bias_, s.weights + first);
-        for (int64_t k = chunk; k < last; k++) {
-          exponentials(s.weights + chunks.first(k), chunks.size(k), s.chunks + 3 * k);
-        }
-        sum<true>(i, chunk, last, s);
-      }
-    });
-    merge(s);
+    chunks.each(team, 2 * c_, [=, this](int64_t chunk, int64_t some) { pool(i, chunk, some); });
+    merge(i);
   }
 
-  const int64_t c_, hw_;
-  const Map x_, grad_;
-  const A* const weight_;
-  const A bias_;
+  // Some chunks together.
+  void pool(int64_t i, int64_t chunk, int64_t some) const {
+    const Sample s = sample(i);
+    const int64_t last = chunk + some;
+    if (!weight_) {
+      for (int64_t k = chunk; k < last; k++) {
+        s.chunks[3 * k] = 0;
+        s.chunks[3 * k + 1] = A(chunks.size(k));
+      }
+      chunks.template sum<1>(chunk, last, c_, x_, x_, i, s.partial,
+                             [](Vec<A> v, Vec<A>) CONVBLOCKS_LOOP { return Vecs<A, 1>{v}; });
+    } else if (online_) {
+      const auto pool = x_.pixel == 1 ? &ContextPool::pool_planes : &ContextPool::pool_rows;
+      for (int64_t k = chunk; k < last; k++) {
+        const int64_t begin = chunks.first(k);
+        (this->*pool)(i, begin, chunks.size(k), s.attention + begin, s.chunks + 3 * k, s.partial + k * c_);
+      }
+    } else {
+      pool_long_planes(i, chunk, last, s);
+    }
+  }
+
+  // The sample from its chunks.
+  void merge(int64_t i) const {
+    const Sample s = sample(i);
+    A maximum = s.chunks[0], total = 0;
+    for (int64_t k = 1; k < chunks.count; k++) {
+      const A other = s.chunks[3 * k];
+      maximum = other > maximum || other != other ? other : maximum;
+    }
+    for (int64_t k = 0; k < chunks.count; k++) {
+      A* const numbers = s.chunks + 3 * k;
+      numbers[2] = std::exp(numbers[0] - maximum);
+      total += numbers[2] * numbers[1];
+    }
+    for (int64_t k = 0; k < chunks.count; k++) s.chunks[3 * k + 2] /= total;
+    chunks.merge(c_, s.partial, s.context, [numbers = s.chunks](int64_t k) { return numbers[3 * k + 2]; });
+    for (int64_t k = 0; whole_ && k < chunks.count; k++) {
+      for_lanes<A>(chunks.size(k),
+                   [z = s.attention + chunks.first(k), factor = s.chunks[3 * k + 2]](int64_t p, auto lanes)
+                       CONVBLOCKS_LOOP { store(z + p, load(z + p, lanes) * factor, lanes); });
+    }
+  }
+
   const Chunks<T> chunks;
+  A* contexts;  // (n, c)
 
  private:
-  int64_t size() const { return K * c_ + 3 * chunks.count + (weight_ ? hw_ : 0) + chunks.count * K * c_; }
+  int64_t work_size() const { return (3 + c_) * chunks.count; }
 
   // How many pixels are pooled at once, so that the first cache holds them, by the sizes of a sample only. 0 where a chunk
-  // is read twice: planes of which short pieces would be left, and those of two maps.
+  // is read twice: planes of which short pieces would be left.
   static constexpr int64_t kMostOnline = 256;
   int64_t online() const {
     constexpr int64_t L = kLanes<T>;
     const int64_t bytes = c_ * sizeof(T);
     if (x_.pixel != 1) return std::clamp<int64_t>((24 << 10) / bytes / L * L, L, kMostOnline);
     const int64_t most = std::min<int64_t>((32 << 10) / bytes, 128) / L * L;
-    return kBackward || most * sizeof(T) < 256 ? 0 : most;
+    return most * sizeof(T) < 256 ? 0 : most;
   }
 
   // 1 at the maximum, and nothing far below it.
@@ -135,47 +122,21 @@ class ContextPool {
     numbers[1] = sum_lanes(total);
   }
 
-  template <bool kWeighted>
-  static Vecs<A, K> terms(Vec<A> v, Vec<A> g, Vec<A> weight) {
-    const Vec<A> weighted = kWeighted ? v * weight : v;
-    if constexpr (kBackward)
-      return {weighted, g * v, g};
-    else
-      return {weighted};
-  }
-
-  template <bool kWeighted>
-  void sum(int64_t i, int64_t chunk, int64_t last, const Sample& s) const {
-    constexpr int64_t G = std::max(1, kLanes<T> / 2);  // planes that reduce_planes takes together where they are short
-    const int64_t some = std::max<int64_t>(1, (256 / chunks.length + G - 1) / G * G);
-    const int64_t step = x_.pixel == 1 && last - chunk > 1 ? some : c_;
-    for (int64_t channel = 0; channel < c_; channel += step) {
-      const int64_t stop = std::min(c_, channel + step);
-      for (int64_t k = chunk; k < last; k++) sum_channels<kWeighted>(i, k, channel, stop, s);
+  void pool_long_planes(int64_t i, int64_t chunk, int64_t last, const Sample& s) const {
+    const int64_t first = chunks.first(chunk);
+    weigh_channels<false>(row<T>(x_, i, 0, first), x_, chunks.size(chunk, last - chunk), c_, weight_,
+                          static_cast<const A*>(nullptr), bias_, s.attention + first);
+    for (int64_t k = chunk; k < last; k++) {
+      exponentials(s.attention + chunks.first(k), chunks.size(k), s.chunks + 3 * k);
     }
-  }
-  // Of a chunk the channels in [begin, end), which are all of them in channels_last.
-  template <bool kWeighted>
-  void sum_channels(int64_t i, int64_t chunk, int64_t begin, int64_t end, const Sample& s) const {
-    const int64_t first = chunks.first(chunk), pixels = chunks.size(chunk);
-    const T* const x = row<T>(x_, i, 0, first);
-    const T* const g = kBackward ? row<T>(grad_, i, 0, first) : x;
-    A* const out = s.partial + chunk * K * c_;
-    if (x_.pixel == 1) {
-      const A* const e = kWeighted ? s.weights + first : nullptr;
-      reduce_planes<T, K>(begin, end, pixels, out, c_,
-                          [=, this](int64_t channel, int64_t p, auto lanes) CONVBLOCKS_LOOP {
-                            return terms<kWeighted>(load(x + channel * x_.channel + p, lanes),
-                                                    kBackward ? load(g + channel * grad_.channel + p, lanes) : Vec<A>{},
-                                                    kWeighted ? load(e + p, lanes) : Vec<A>{});
+    chunks.each_plane(chunk, last, c_, [=, this](int64_t k, int64_t begin, int64_t end) {
+      const A* const e = s.attention + chunks.first(k);
+      const T* const x = row<T>(x_, i, 0, chunks.first(k));
+      reduce_planes<T, 1>(begin, end, chunks.size(k), s.partial + k * c_, c_,
+                          [=, step = x_.channel](int64_t channel, int64_t p, auto lanes) CONVBLOCKS_LOOP {
+                            return Vecs<A, 1>{load(x + channel * step + p, lanes) * load(e + p, lanes)};
                           });
-    } else if constexpr (!kWeighted) {
-      const int64_t step = x_.pixel, grad_step = kBackward ? grad_.pixel : step;
-      sum_rows_of<T, K>(0, pixels, c_, out, [=](int64_t p, int64_t channel, auto lanes) CONVBLOCKS_LOOP {
-        return terms<false>(load(x + p * step + channel, lanes),
-                            kBackward ? load(g + p * grad_step + channel, lanes) : Vec<A>{}, Vec<A>{});
-      });
-    }
+    });
   }
 
   // The logits of a few pixels and, while these are in the first cache, their sums, by exponentials of what the logits
@@ -184,7 +145,7 @@ class ContextPool {
   template <class Weigh, class Add>
   void pool_online(int64_t first, int64_t pixels, A* z, A* numbers, A* out, int64_t size, Weigh weigh, Add add) const {
     constexpr A lowest = -std::numeric_limits<A>::infinity();
-    std::fill_n(out, K * size, A(0));
+    std::fill_n(out, size, A(0));
     A maximum = lowest, weights[kMostOnline];
     Vec<A> total{};
     for (int64_t p = 0; p < pixels; p += online_) {
@@ -210,7 +171,7 @@ class ContextPool {
     }
     numbers[0] = maximum;
     numbers[1] = sum_lanes(total);
-    if (!kBackward) return;
+    if (!whole_) return;
     for_lanes<A>(pixels, [=, top = taken_off(maximum)](int64_t p, auto lanes) {
       store(z + p, exp_below(load(z + p, lanes) - top), lanes);
     });
@@ -218,23 +179,22 @@ class ContextPool {
 
   void pool_rows(int64_t i, int64_t first, int64_t pixels, A* z, A* numbers, A* out) const {
     constexpr int L = kLanes<T>;
-    const int64_t last = first + pixels, step = x_.pixel, grad_step = kBackward ? grad_.pixel : 0;
-    const T *const x = row<T>(x_, i, 0), *const g = kBackward ? row<T>(grad_, i, 0) : x;
+    const int64_t step = x_.pixel, last = first + pixels;
+    const T* const x = row<T>(x_, i, 0);
     pool_online(
         first, pixels, z, numbers, out, c_,
         [=, this](int64_t p, int64_t count, A* logits) {
-          if (fetch_) fetch_rows(g + p * grad_step, grad_step, count, c_);
           weigh_channels<false>(x + p * step, x_, count, c_, weight_, static_cast<const A*>(nullptr), bias_, logits);
-          if (fetch_) fetch_rows(x + (p + count) * step, step, std::min(count, last - p - count), c_);
         },
         [=, this](int64_t p, int64_t count, const A* weights) {
           by_rows<L>(count, [=, this]<int S>(int64_t j, std::integral_constant<int, S>) CONVBLOCKS_LOOP {
-            add_rows<S>(x + (p + j) * step, g + (p + j) * grad_step, weights + j, out);
+            if (p + count + j + S <= last) fetch_rows(x + (p + count + j) * step, step, S, c_);  // those pooled next
+            add_rows<S>(x + (p + j) * step, weights + j, out);
           });
         });
   }
 
-  // Not in the backward. A channel has a vector, whose lanes are added up at the end.
+  // A channel has a vector, whose lanes are added up at the end.
   void pool_planes(int64_t i, int64_t first, int64_t pixels, A* z, A* numbers, A* out) const {
     constexpr int L = kLanes<A>;
     const Scratch<A> scratch(c_ * L);
@@ -288,56 +248,28 @@ class ContextPool {
   }
 
   template <int S>
-  CONVBLOCKS_LOOP void add_rows(const T* x, const T* g, const A* weights, A* out) const {
+  CONVBLOCKS_LOOP void add_rows(const T* x, const A* weights, A* out) const {
     Vec<A> weight[S];
 #pragma GCC unroll 16
     for (int s = 0; s < S; s++) weight[s] = splat<Vec<A>>(weights[s]);
-    const int64_t c = c_, step = x_.pixel, grad_step = kBackward ? grad_.pixel : 0;
-    for_lanes<T>(c, [=](int64_t channel, auto lanes) CONVBLOCKS_LOOP {
-      Vecs<A, K> acc{};
+    for_lanes<T>(c_, [=, step = x_.pixel](int64_t channel, auto lanes) CONVBLOCKS_LOOP {
+      constexpr int kSums = std::min(S, 4);
+      Vec<A> sums[kSums]{};
 #pragma GCC unroll 16
-      for (int s = 0; s < S; s++) {
-        const Vecs<A, K> v = terms<true>(load(x + s * step + channel, lanes),
-                                         kBackward ? load(g + s * grad_step + channel, lanes) : Vec<A>{}, weight[s]);
-        for (int k = 0; k < K; k++) acc[k] += v[k];
-      }
-      for (int k = 0; k < K; k++) {
-        A* const to = out + k * c + channel;
-        store(to, load(to, lanes) + acc[k], lanes);
-      }
+      for (int s = 0; s < S; s++) sums[s % kSums] += load(x + s * step + channel, lanes) * weight[s];
+      for (int s = 1; s < kSums; s++) sums[0] += sums[s];
+      store(out + channel, load(out + channel, lanes) + sums[0], lanes);
     });
   }
 
-  // The sums of the sample from those of its chunks.
-  void merge(const Sample& s) const {
-    A maximum = s.chunks[0], total = 0;
-    for (int64_t chunk = 1; chunk < chunks.count; chunk++) {
-      const A other = s.chunks[3 * chunk];
-      maximum = other > maximum || other != other ? other : maximum;
-    }
-    for (int64_t chunk = 0; chunk < chunks.count; chunk++) {
-      A* numbers = s.chunks + 3 * chunk;
-      numbers[2] = std::exp(numbers[0] - maximum);
-      total += numbers[2] * numbers[1];
-    }
-    for (int64_t chunk = 0; chunk < chunks.count; chunk++) s.chunks[3 * chunk + 2] /= total;
-    const auto add = [=, this]<bool kFactor>(int64_t first, int64_t count, std::bool_constant<kFactor>) {
-      for_lanes<A>(count, [=, this](int64_t at, auto lanes) {
-        Vec<A> total{};
-        for (int64_t chunk = 0; chunk < chunks.count; chunk++) {
-          const Vec<A> v = load(s.partial + chunk * K * c_ + first + at, lanes);
-          total += kFactor ? v * s.chunks[3 * chunk + 2] : v;
-        }
-        store(s.sums + first + at, total, lanes);
-      });
-    };
-    add(0, c_, std::true_type{});
-    if (K > 1) add(c_, (K - 1) * c_, std::false_type{});
-  }
-
+  const int64_t c_, hw_;
+  const Map x_;
+  const A* const weight_;
+  const A bias_;
+  const bool whole_;
   const bool fetch_;  // maps so large that little of them is in the last cache, which others use, too
   const int64_t online_;
-  A* memory_;
+  A *attention_, *work_;
 };
 
 // y = x * scale + shift of the channel.

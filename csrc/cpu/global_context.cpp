@@ -2,7 +2,9 @@
 // and changed while it is in the cache.
 #include "../global_context.h"
 
+#include "channel_gate.h"
 #include "context_gradient.h"
+#include "context_pool.h"
 #include "dispatch.h"
 #include "gate.h"
 #include "weights.h"
@@ -135,35 +137,31 @@ void forward(const Context& context, const GlobalContextArgs& a) {
   const int64_t n = a.n, c = a.c;
   const ContextWeights& w = a.weights;
   const Transform<A> scale(context, w, w.transforms[kScale], n, c), add(context, w, w.transforms[kAdd], n, c);
-  const ContextPool<T, false> pool(context, n, c, a.hw, a.x, a.x, widened<A>(context, w.attn_weight, w.dtype, c),
-                                   bias_of<A>(context, w));
-  A* const scales = static_cast<A*>(context.workspace(context, 3 * n * c * sizeof(A)));
-  A *const shifts = scales + n * c, *const contexts = shifts + n * c;
+  const ContextPool<T> pool(context, n, c, a.hw, a.x, widened<A>(context, w.attn_weight, w.dtype, c),
+                            bias_of<A>(context, w), static_cast<A*>(a.memory), a.memory);
+  A *const scales = static_cast<A*>(context.workspace(context, 2 * n * c * sizeof(A))), *const shifts = scales + n * c;
   const bool far = exceeds_caches(n * c * a.hw * sizeof(T));
-  for_each_group(
-      context, n, group_size<T>(c * a.hw, 2 * c * (scale.r + add.r)), c * a.hw,
-      [&](int64_t first, int64_t count, const Team& team) __attribute__((noinline)) {
-        A *const gates = scales + first * c, *const added = shifts + first * c, *const pooled = contexts + first * c;
-        for (int64_t i = 0; i < count; i++) {
-          pool.run(first + i, team);
-          std::copy_n(pool.sample(first + i).sums, c, pooled + i * c);
-        }
-        if (scale.r) {
-          scale.forward(first, count, pooled, gates, c, c);
-          for_lanes<A>(count * c, [=, gate = w.gate](int64_t i, auto lanes) CONVBLOCKS_LOOP {
-            store(gates + i, apply_gate(load(gates + i, lanes), gate), lanes);
-          });
-        } else {
-          std::fill_n(gates, count * c, A(1));
-        }
-        if (add.r)
-          add.forward(first, count, pooled, added, c, c);
-        else
-          std::fill_n(added, count * c, A(0));
-        for (int64_t i = 0; i < count; i++) {
-          scale_and_shift<T>(team, a.x, a.y, first + i, c, a.hw, far, gates + i * c, added + i * c);
-        }
-      });
+  for_each_group(context, n, group_size<T>(c * a.hw, 2 * c * (scale.r + add.r)), c * a.hw,
+                 [&](int64_t first, int64_t count, const Team& team) __attribute__((noinline)) {
+                   A *const gates = scales + first * c, *const added = shifts + first * c,
+                            *const pooled = pool.contexts + first * c;
+                   for (int64_t i = 0; i < count; i++) pool.run(first + i, team);
+                   if (scale.r) {
+                     scale.forward(first, count, pooled, gates, c, c);
+                     for_lanes<A>(count * c, [=, gate = w.gate](int64_t i, auto lanes) CONVBLOCKS_LOOP {
+                       store(gates + i, apply_gate(load(gates + i, lanes), gate), lanes);
+                     });
+                   } else {
+                     std::fill_n(gates, count * c, A(1));
+                   }
+                   if (add.r)
+                     add.forward(first, count, pooled, added, c, c);
+                   else
+                     std::fill_n(added, count * c, A(0));
+                   for (int64_t i = 0; i < count; i++) {
+                     scale_and_shift<T>(team, a.x, a.y, first + i, c, a.hw, far, gates + i * c, added + i * c);
+                   }
+                 });
 }
 
 template <class T>
@@ -172,59 +170,67 @@ void backward(const Context& context, const GlobalContextBackwardArgs& a) {
   const int64_t n = a.n, c = a.c, hw = a.hw;
   const ContextWeights& w = a.weights;
   const Transform<A> scale(context, w, w.transforms[kScale], n, c), add(context, w, w.transforms[kAdd], n, c);
-  const ContextPool<T, true> pool(context, n, c, hw, a.x, a.grad, widened<A>(context, w.attn_weight, w.dtype, c),
-                                  bias_of<A>(context, w));
-  const int64_t shares = pool.chunks.count * (c + 1);  // in the gradient of the attention, of a sample
-  A* const scales = static_cast<A*>(context.workspace(context, (3 * n * c + n * shares) * sizeof(A)));
-  A *const grad_contexts = scales + n * c, *const contexts = grad_contexts + n * c, *const attention = contexts + n * c;
+  const A* const weight = widened<A>(context, w.attn_weight, w.dtype, c);
+  const ContextPool<T> pool(context, n, c, hw, a.x, weight, bias_of<A>(context, w),
+                            static_cast<A*>(const_cast<void*>(a.memory)), true);
+  const Chunks<T>& chunks = pool.chunks;
+  const ContextSums<T> sums(context, chunks, n, c, a.x, a.grad, scale.r, add.r);
+  const int64_t shares = chunks.count * (c + 1);  // in the gradient of the attention, of a sample
+  A* const scales = static_cast<A*>(context.workspace(context, n * (2 * c + shares) * sizeof(A)));
+  A *const grad_contexts = scales + n * c, *const attention = grad_contexts + n * c;
   const bool far = exceeds_caches(n * c * hw * sizeof(T));
-  for_each_group(context, n, group_size<T>(2 * c * hw, 2 * c * (scale.r + add.r)), 2 * c * hw,
-                 [&](int64_t first, int64_t count, const Team& team) __attribute__((noinline)) {
-                   A *const gates = scales + first * c, *const by_context = grad_contexts + first * c,
-                            *const pooled = contexts + first * c;
-                   for (int64_t i = 0; i < count; i++) {
-                     pool.run(first + i, team);
-                     std::copy_n(pool.sample(first + i).sums, c, pooled + i * c);
-                   }
-                   std::fill_n(by_context, count * c, A(0));
-                   if (scale.r) {
-                     A* const logits = scale.grad_out + first * c;
-                     scale.forward(first, count, pooled, logits, c, c);
-                     for (int64_t i = 0; i < count; i++) {
-                       const A* const products = pool.sample(first + i).sums + c;
-                       for_lanes<A>(c, [=, gate = w.gate](int64_t j, auto lanes) CONVBLOCKS_LOOP {
-                         const Vec<A> logit = load(logits + i * c + j, lanes), gated = apply_gate(logit, gate);
-                         store(gates + i * c + j, gated, lanes);
-                         store(logits + i * c + j, gate_backward(load(products + j, lanes), logit, gated, gate), lanes);
-                       });
-                     }
-                     scale.backward(first, count, by_context, c);
-                   } else {
-                     std::fill_n(gates, count * c, A(1));
-                   }
-                   if (add.r) {
-                     A* const grad_out = add.grad_out + first * c;
-                     add.forward(first, count, pooled, grad_out, c, c);
-                     for (int64_t i = 0; i < count; i++)
-                       std::copy_n(pool.sample(first + i).sums + 2 * c, c, grad_out + i * c);
-                     add.backward(first, count, by_context, c);
-                   }
-                   for (int64_t i = 0; i < count; i++) {
-                     A* const gc = by_context + i * c;
-                     if (pool.weight_) {
-                       context_gradient<T>(team, pool, a.grad_x, first + i, far, gates + i * c, gc,
-                                           attention + (first + i) * shares);
-                     } else {
-                       for_lanes<A>(c,
-                                    [=](int64_t j, auto lanes) { store(gc + j, load(gc + j, lanes) / A(hw), lanes); });
-                       scale_and_shift<T>(team, a.grad, a.grad_x, first + i, c, hw, far, gates + i * c, gc);
-                     }
-                   }
-                 });
-  if (scale.r) scale.gradients(context, n, contexts, a.grads.transforms[kScale], w.dtype);
-  if (add.r) add.gradients(context, n, contexts, a.grads.transforms[kAdd], w.dtype);
-  if (!pool.weight_) return;
-  const auto total = [=, count = n * pool.chunks.count](int64_t i, auto lanes) {
+  for_each_group(
+      context, n, group_size<T>(2 * c * hw, 2 * c * (scale.r + add.r)), 2 * c * hw,
+      [&](int64_t first, int64_t count, const Team& team) __attribute__((noinline)) {
+        A *const gates = scales + first * c, *const by_context = grad_contexts + first * c,
+                 *const pooled = pool.contexts + first * c;
+        for (int64_t i = first; i < first + count; i++) {
+          chunks.each(team, 3 * c, [&](int64_t chunk, int64_t some) {
+            if (!a.memory) pool.pool(i, chunk, some);
+            sums.sum(i, chunk, some);
+          });
+          if (!a.memory) pool.merge(i);
+          sums.merge(i);
+        }
+        std::fill_n(by_context, count * c, A(0));
+        if (scale.r) {
+          A* const logits = scale.grad_out + first * c;
+          scale.forward(first, count, pooled, logits, c, c);
+          for (int64_t i = 0; i < count; i++) {
+            const A* const products = sums.products(first + i);
+            for_lanes<A>(c, [=, gate = w.gate](int64_t j, auto lanes) CONVBLOCKS_LOOP {
+              const Vec<A> logit = load(logits + i * c + j, lanes), gated = apply_gate(logit, gate);
+              store(gates + i * c + j, gated, lanes);
+              store(logits + i * c + j, gate_backward(load(products + j, lanes), logit, gated, gate), lanes);
+            });
+          }
+          scale.backward(first, count, by_context, c);
+        } else {
+          std::fill_n(gates, count * c, A(1));
+        }
+        if (add.r) {
+          A* const grad_out = add.grad_out + first * c;
+          add.forward(first, count, pooled, grad_out, c, c);
+          for (int64_t i = 0; i < count; i++) std::copy_n(sums.grads(first + i), c, grad_out + i * c);
+          add.backward(first, count, by_context, c);
+        }
+        for (int64_t i = 0; i < count; i++) {
+          A* const gc = by_context + i * c;
+          if (weight) {
+            const auto sample = pool.sample(first + i);
+            context_gradient<T>(team, chunks,
+                                {a.x, a.grad, a.grad_x, first + i, c, far, gates + i * c, sample.context, gc, weight},
+                                sample.attention, attention + (first + i) * shares);
+          } else {
+            for_lanes<A>(c, [=](int64_t j, auto lanes) { store(gc + j, load(gc + j, lanes) / A(hw), lanes); });
+            scale_and_shift<T>(team, a.grad, a.grad_x, first + i, c, hw, far, gates + i * c, gc);
+          }
+        }
+      });
+  if (scale.r) scale.gradients(context, n, pool.contexts, a.grads.transforms[kScale], w.dtype);
+  if (add.r) add.gradients(context, n, pool.contexts, a.grads.transforms[kAdd], w.dtype);
+  if (!weight) return;
+  const auto total = [=, count = n * chunks.count](int64_t i, auto lanes) {
     Vec<A> sum = load(attention + i, lanes);
     for (int64_t share = 1; share < count; share++) sum += load(attention + share * (c + 1) + i, lanes);
     return sum;
@@ -238,6 +244,8 @@ void backward(const Context& context, const GlobalContextBackwardArgs& a) {
 
 }  // namespace
 }  // namespace convblocks::cpu
+
+const bool convblocks_global_context_remembers = true;
 
 const char* convblocks_global_context(const convblocks::Context& context, const convblocks::GlobalContextArgs& args) {
   return convblocks::cpu::dispatch(args.dtype, [&]<class T>(T) { convblocks::cpu::forward<T>(context, args); });

@@ -224,7 +224,7 @@ inline V fold_pairs(V a, V b, F f, std::integer_sequence<int, I...>) {
 
 // Of as many vectors as one has lanes what f makes of their lanes: the lane l of the result is that of v[l].
 template <int kBit = 1, class V, class F>
-inline V fold_each(V* v, F f) {
+CONVBLOCKS_LOOP inline V fold_each(V* v, F f) {
   constexpr int L = kBytes / sizeof(Lane<V>);
   if constexpr (kBit == L) {
     return v[0];
@@ -238,7 +238,7 @@ inline V fold_each(V* v, F f) {
 }
 
 template <class V>
-inline V sum_each(V* v) {
+CONVBLOCKS_LOOP inline V sum_each(V* v) {
   return fold_each(v, [](V a, V b) { return a + b; });
 }
 

@@ -71,31 +71,36 @@ CONVBLOCKS_LOOP inline void by_four(int64_t count, F f) {
   for (; i < count; i++) f(i, std::integral_constant<int, 1>{});
 }
 
-// The sums over the columns of R rows of w times each of G vectors, into out[row][vector].
+// The sums over the columns of R rows of w times each of G vectors, into out[vector][row].
 template <int R, int G, class A>
 void products(int64_t cols, const A* w, const A* in, int64_t in_stride, A* out) {
   constexpr int L = kLanes<A>;
   constexpr int64_t kBlock = 64 * L;
-  Vec<A> total[std::max(L, R * G)]{};
-  for (int64_t first = 0; first < cols; first += kBlock) {  // sums of many terms from sums of few
-    Vec<A> acc[R * G]{};
-    for_lanes<A>(std::min(kBlock, cols - first),
-                 [&, w = w + first, in = in + first](int64_t j, auto lanes) CONVBLOCKS_LOOP {
-                   Vec<A> v[G];
+  const auto add = [=](Vec<A>* sums, int64_t first, int64_t count) CONVBLOCKS_LOOP {
+    for_lanes<A>(count, [=, w = w + first, in = in + first](int64_t j, auto lanes) CONVBLOCKS_LOOP {
+      Vec<A> v[G];
 #pragma GCC unroll 4
-                   for (int g = 0; g < G; g++) v[g] = load(in + g * in_stride + j, lanes);
+      for (int g = 0; g < G; g++) v[g] = load(in + g * in_stride + j, lanes);
 #pragma GCC unroll 16
-                   for (int r = 0; r < R; r++) {
-                     const Vec<A> weight = load(w + r * cols + j, lanes);
+      for (int r = 0; r < R; r++) {
+        const Vec<A> weight = load(w + r * cols + j, lanes);
 #pragma GCC unroll 4
-                     for (int g = 0; g < G; g++) acc[r * G + g] += weight * v[g];
-                   }
-                 });
-    for (int i = 0; i < R * G; i++) total[i] += acc[i];
+        for (int g = 0; g < G; g++) sums[g * R + r] += weight * v[g];
+      }
+    });
+  };
+  Vec<A> total[std::max(L, R * G)]{};
+  if (cols <= kBlock) {
+    add(total, 0, cols);
+  } else {
+    for (int64_t first = 0; first < cols; first += kBlock) {  // sums of many terms from sums of few
+      Vec<A> sums[R * G]{};
+      add(sums, first, std::min(kBlock, cols - first));
+      for (int i = 0; i < R * G; i++) total[i] += sums[i];
+    }
   }
   if constexpr (R * G <= L) {
-    const Vec<A> sums = sum_each(total);
-    for (int i = 0; i < R * G; i++) out[i] = sums[i];
+    store(out, sum_each(total), Full{});
   } else {
     for (int i = 0; i < R * G; i++) out[i] = sum_lanes(total[i]);
   }
@@ -107,10 +112,10 @@ void linear(int64_t count, int64_t rows, int64_t cols, const A* w, const A* b, c
             int64_t out_stride) {
   by_groups(count, [&]<int G>(int64_t first, std::integral_constant<int, G>) {
     const auto put = [&]<int R>(int64_t i, std::integral_constant<int, R>) {
-      A sums[R * G];
+      A sums[std::max(kLanes<A>, R * G)];
       products<R, G>(cols, w + i * cols, in + first * in_stride, in_stride, sums);
-      for (int r = 0; r < R; r++) {
-        for (int g = 0; g < G; g++) out[(first + g) * out_stride + i + r] = sums[r * G + g] + (b ? b[i + r] : A(0));
+      for (int g = 0; g < G; g++) {
+        for (int r = 0; r < R; r++) out[(first + g) * out_stride + i + r] = sums[g * R + r] + (b ? b[i + r] : A(0));
       }
     };
     constexpr int R = std::clamp(kLanes<A> / G, 1, 8);

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import itertools
 from typing import Any
@@ -10,10 +11,19 @@ import pytest
 import torch
 from torch import Tensor
 from torch.autograd import gradcheck, gradgradcheck
-from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selective_checkpoint_contexts
+from torch.autograd.graph import saved_tensors_hooks
+from torch.testing._internal.two_tensor import TwoTensor
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils.checkpoint import (
+    CheckpointPolicy,
+    checkpoint,
+    create_selective_checkpoint_contexts,
+    set_checkpoint_early_stop,
+)
+from torch.utils.flop_counter import FlopCounterMode
 
 from convblocks.accuracy import run
-from convblocks.opinfo import LAYOUTS, OpInfo, Options, Sample
+from convblocks.opinfo import LAYOUTS, OPS, OpInfo, Options, Sample
 from tests.ops.common import (
     SLOW,
     accuracy,
@@ -151,11 +161,52 @@ def test_only_inputs_are_saved(info: OpInfo, options: Options, dispatched: str, 
         saved.append(t)
         return t
 
-    with torch.autograd.graph.saved_tensors_hooks(pack, lambda t: t):
+    with saved_tensors_hooks(pack, lambda t: t):
         info.op(*sample.args, **sample.kwargs)
     kept = [] if info.linear else sample.tensors()
-    assert {t.data_ptr() for t in saved} == {t.data_ptr() for t in kept}
-    assert len(saved) == len(kept)
+    inputs, memory = saved[: len(kept)], saved[len(kept) :]
+    assert {t.data_ptr() for t in inputs} == {t.data_ptr() for t in kept}
+    numbers = sum(t.numel() for t in memory)
+    assert numbers == info.memory(sample) or (numbers == 0 and dispatched != "cpu")
+
+
+class _Mode(TorchDispatchMode):
+    """Calls what it is asked for."""
+
+    def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        return function(*args, **(kwargs or {}))
+
+
+@once
+@pytest.mark.parametrize("backend", ["cpu"], indirect=True)
+@both_layouts
+@pytest.mark.parametrize("without", ["forgotten", "of another kind", "under a mode"])
+@pytest.mark.parametrize(
+    ("info", "options"),
+    [(info, o) for info in OPS.values() for o in info.options if info.memory(info.sample((2, 8, 5, 6), o))],
+)
+def test_gradients_without_the_memory(
+    info: OpInfo, options: Options, without: str, layout: str, backend: str, device: str
+) -> None:
+    """What a kernel keeps besides the inputs its backward computes again where it is not there, or not as it was."""
+    sample = with_grad(info.sample((3, 18, 40, 41), options, layout=layout, device=device))
+    grad = info.gradient(sample)
+    inputs = {t.data_ptr() for t in sample.tensors()}
+    forgotten = 0
+
+    def unpack(t: Tensor) -> Tensor:
+        nonlocal forgotten
+        if t.data_ptr() in inputs:
+            return t
+        forgotten += 1
+        return t.double() if without == "of another kind" else t.new_empty(0)
+
+    context = _Mode() if without == "under a mode" else saved_tensors_hooks(lambda t: t, unpack)
+    with context:
+        y = info.op(*sample.args, **sample.kwargs)
+        gradients = torch.autograd.grad(y, sample.tensors(), grad)
+    assert forgotten == (without != "under a mode")
+    assert not accuracy(info, sample, [y.detach(), *gradients], grad)
 
 
 @each_op
@@ -196,6 +247,50 @@ def test_checkpointing(info: OpInfo, selective: bool, dispatched: str, device: s
     assert all(torch.equal(a, b) for a, b in zip(gradients, expected, strict=True))
     if selective and dispatched != "reference":
         assert calls > 0, "the policy was not asked about the operator"
+
+
+@pytest.mark.parametrize("early_stop", [True, False])
+@pytest.mark.parametrize("around", ["forward", "backward"])
+@each_op
+def test_checkpointing_under_a_mode_half_the_time(
+    info: OpInfo, around: str, early_stop: bool, dispatched: str, device: str
+) -> None:
+    sample = with_grad(info.sample((2, 8, 5, 6), device=device))
+
+    def layer(*tensors: Tensor) -> Tensor:
+        return as_function(info.op, sample)(*tensors).square()
+
+    def mode(wanted: bool) -> contextlib.AbstractContextManager[Any]:
+        return FlopCounterMode(display=False) if wanted else contextlib.nullcontext()
+
+    with set_checkpoint_early_stop(early_stop):
+        with mode(around == "forward"):
+            y = checkpoint(layer, *sample.tensors(), use_reentrant=False)
+        with mode(around == "backward"):
+            gradients = torch.autograd.grad(y.sum(), sample.tensors())
+    expected = torch.autograd.grad(layer(*sample.tensors()).sum(), sample.tensors())
+    torch.testing.assert_close(gradients, expected, rtol=1e-4, atol=1e-4)
+
+
+@once
+@each_option
+def test_parameters_that_are_two_tensors(info: OpInfo, options: Options, dispatched: str, device: str) -> None:
+    """A subclass that computes twice with one map: what a kernel keeps of the one is not taken for the other."""
+    sample = info.sample((2, 8, 6, 6), options, dtype=torch.float64, device=device)
+    maps = {t.data_ptr() for t in sample.maps}
+    other = sample.map(lambda t: t if t.data_ptr() in maps else t * 3 + 0.5)
+
+    def gradients(tensors: list[Tensor]) -> tuple[Tensor, ...]:
+        tensors = [t.detach().requires_grad_() for t in tensors]
+        y = as_function(info.op, sample)(*tensors)
+        return torch.autograd.grad(y.sum(), tensors)
+
+    pairs = list(zip(sample.tensors(), other.tensors(), strict=True))
+    both = gradients([a if a.data_ptr() in maps else TwoTensor(a, b.clone()) for a, b in pairs])
+    for half, half_sample in (("a", sample), ("b", other)):
+        expected = gradients(half_sample.tensors())
+        for got, exact in zip(both, expected, strict=True):
+            torch.testing.assert_close(getattr(got, half) if isinstance(got, TwoTensor) else exact, exact)
 
 
 @each_op
