@@ -6,8 +6,10 @@
 #include <cstring>
 #include <utility>
 
+#include "caches.h"
 #include "dispatch.h"
 #include "team.h"
+#include "vec.h"
 
 namespace convblocks::cpu {
 namespace {
@@ -23,12 +25,37 @@ struct Stream {
   int64_t pixel;
 };
 
+// Of the same pixels. `woven` is where the channels of `few` loose streams, `length` of each, alternate.
 template <class T>
 struct Piece {
   Stream<T> woven;
   const Stream<T>* loose;
   int64_t few, length, pixels;
+
+  // Pixels that have no other channels follow one another as if they were one.
+  bool dense() const {
+    bool all = woven.pixel == few * length;
+    for (int64_t i = 0; i < few; i++) all &= loose[i].pixel == length;
+    return all;
+  }
+  // Whether the vectors that are written begin where lines of the cache do.
+  bool aligned(bool back) const {
+    const auto begins = [this](const Stream<T>& s) {
+      const int64_t pixel = pixels == 1 ? 0 : s.pixel * sizeof(T);
+      return (reinterpret_cast<uintptr_t>(s.data) | pixel) % kBytes == 0;
+    };
+    return back ? std::all_of(loose, loose + few, begins) : begins(woven);
+  }
 };
+
+// Past the caches. At least one vector; the first and the last, which no line begins with, may overlap others.
+CONVBLOCKS_LOOP inline void copy_past_caches(char* to, const char* from, int64_t bytes) {
+  std::memcpy(to, from, kBytes);
+  int64_t i = kBytes - reinterpret_cast<uintptr_t>(to) % kBytes;
+  for (; i + kBytes <= bytes; i += kBytes)
+    store_past_caches(reinterpret_cast<float*>(to + i), load(reinterpret_cast<const float*>(from + i)));
+  if (i < bytes) std::memcpy(to + bytes - kBytes, from + bytes - kBytes, kBytes);
+}
 
 #if __has_builtin(__builtin_shufflevector)
 template <class T, int N>
@@ -47,7 +74,7 @@ V unzip(V a, V b, std::integer_sequence<int, I...>) {
 }
 
 // N channels of each loose stream, a power of two, from or to their places in the woven one.
-template <bool kBack, int kFew, int N, class T>
+template <bool kBack, bool kPast, int kFew, int N, class T>
 CONVBLOCKS_LOOP inline void weave_block(T* woven, T* const* loose, int64_t j) {
   using V = typename Lanes<T, N>::type;
   constexpr std::make_integer_sequence<int, N> lanes{};
@@ -66,18 +93,24 @@ CONVBLOCKS_LOOP inline void weave_block(T* woven, T* const* loose, int64_t j) {
     }
     for (int i = 0; i < kFew; i++) v[i] = next[i];
   }
-  for (int i = 0; i < kFew; i++) std::memcpy(kBack ? loose[i] + j : woven + j * kFew + i * N, &v[i], sizeof(V));
+  for (int i = 0; i < kFew; i++) {
+    T* to = kBack ? loose[i] + j : woven + j * kFew + i * N;
+    if constexpr (kPast && sizeof(V) == kBytes)
+      store_past_caches(reinterpret_cast<float*>(to), (VecF)v[i]);
+    else
+      std::memcpy(to, &v[i], sizeof(V));
+  }
 }
 #endif
 
 // A whole number of blocks, the last one moved back to end where the streams end; smaller blocks for short streams.
-template <bool kBack, int kFew, int N, class T>
+template <bool kBack, bool kPast, int kFew, int N, class T>
 CONVBLOCKS_LOOP inline void weave_pixel(T* woven, T* const* loose, int64_t length) {
 #if __has_builtin(__builtin_shufflevector)
   if constexpr (N > 1 && std::has_single_bit(unsigned{kFew})) {
-    if (length < N) return weave_pixel<kBack, kFew, N / 2>(woven, loose, length);
-    for (int64_t j = 0; j + N <= length; j += N) weave_block<kBack, kFew, N>(woven, loose, j);
-    if (length % N) weave_block<kBack, kFew, N>(woven, loose, length - N);
+    if (length < N) return weave_pixel<kBack, false, kFew, N / 2>(woven, loose, length);
+    for (int64_t j = 0; j + N <= length; j += N) weave_block<kBack, kPast, kFew, N>(woven, loose, j);
+    if (length % N) weave_block<kBack, false, kFew, N>(woven, loose, length - N);
     return;
   }
 #endif
@@ -91,12 +124,12 @@ CONVBLOCKS_LOOP inline void weave_pixel(T* woven, T* const* loose, int64_t lengt
   }
 }
 
-template <bool kBack, int kFew, class T>
+template <bool kBack, bool kPast, int kFew, class T>
 void weave_few(const Piece<T>& piece) {
   for (int64_t p = 0; p < piece.pixels; p++) {
     T* loose[kFew];
     for (int i = 0; i < kFew; i++) loose[i] = piece.loose[i].data + p * piece.loose[i].pixel;
-    weave_pixel<kBack, kFew, kBytes / sizeof(T)>(piece.woven.data + p * piece.woven.pixel, loose, piece.length);
+    weave_pixel<kBack, kPast, kFew, kBytes / sizeof(T)>(piece.woven.data + p * piece.woven.pixel, loose, piece.length);
   }
 }
 
@@ -116,14 +149,14 @@ void weave_many(const Piece<T>& piece) {
   }
 }
 
-template <bool kBack, class T>
+template <bool kBack, bool kPast, class T>
 void weave(const Piece<T>& piece) {
   switch (piece.few) {
-    case 1: return weave_few<kBack, 1>(piece);  // a copy
-    case 2: return weave_few<kBack, 2>(piece);
-    case 3: return weave_few<kBack, 3>(piece);
-    case 4: return weave_few<kBack, 4>(piece);
-    case 8: return weave_few<kBack, 8>(piece);
+    case 1: return weave_few<kBack, kPast, 1>(piece);  // a copy
+    case 2: return weave_few<kBack, kPast, 2>(piece);
+    case 3: return weave_few<kBack, kPast, 3>(piece);
+    case 4: return weave_few<kBack, kPast, 4>(piece);
+    case 8: return weave_few<kBack, kPast, 8>(piece);
   }
   weave_many<kBack>(piece);
 }
@@ -131,7 +164,9 @@ void weave(const Piece<T>& piece) {
 template <class T>
 void shuffle_pixels(const Context& context, const ShuffleArgs& a) {
   const std::vector<Weave> weaves = weaves_of(a);
-  const int64_t run = weaves.size() == 1 ? a.hw : std::max<int64_t>(1, 4096 / a.c);  // pixels that stay in the cache
+  const bool far = exceeds_caches(a.n * a.c * a.hw * sizeof(T));
+  // Pixels that stay in the first cache.
+  const int64_t run = weaves.size() == 1 ? a.hw : std::max<int64_t>(1, 4096 / a.c);
   parallel_for(context, a.n * a.hw, std::max<int64_t>(1, 16384 / a.c), [&](int64_t begin, int64_t end) {
     std::vector<Stream<T>> loose;
     for (int64_t count; begin < end; begin += count) {
@@ -144,13 +179,17 @@ void shuffle_pixels(const Context& context, const ShuffleArgs& a) {
       for (const Weave& w : weaves) {
         loose.clear();
         for (const Weave::Stream& s : w.loose) loose.push_back(stream_of(s));
-        const Piece<T> piece{stream_of(w.woven), loose.data(), w.few, w.length, count};
-        if ((w.woven.part < 0) == a.back)
-          weave<true>(piece);
+        Piece<T> piece{stream_of(w.woven), loose.data(), w.few, w.length, count};
+        const bool back = (w.woven.part < 0) == a.back;
+        if (piece.dense()) piece.length *= std::exchange(piece.pixels, 1);
+        const bool past = far && piece.aligned(back);
+        if (back)
+          past ? weave<true, true>(piece) : weave<true, false>(piece);
         else
-          weave<false>(piece);
+          past ? weave<false, true>(piece) : weave<false, false>(piece);
       }
     }
+    if (far) finish_stores();
   });
 }
 
@@ -170,16 +209,23 @@ void shuffle_planes(const Context& context, const ShuffleArgs& a, int64_t size) 
     }
   }
   // The arguments by value: the compiler takes every store for one that may change what a reference leads to.
-  const auto copy = [&planes, a, size](int64_t begin, int64_t end) {
+  const bool far = exceeds_caches(a.n * a.c * a.hw * size);
+  const auto copy = [&planes, a, size, far](int64_t begin, int64_t end) {
     const int64_t bytes = a.hw * size, batch = a.whole.batch * size, channel = a.whole.channel * size;
     int64_t sample = begin / a.c, c = begin % a.c;
     const Plane* const parts = planes.data();
     for (int64_t i = begin; i < end; i++) {
       char* whole = static_cast<char*>(a.whole.data) + sample * batch + c * channel;
       char* part = parts[c].data + sample * parts[c].sample;
-      std::memcpy(a.back ? part : whole, a.back ? whole : part, bytes);
+      char* to = a.back ? part : whole;
+      const char* from = a.back ? whole : part;
+      if (far && bytes >= kBytes)
+        copy_past_caches(to, from, bytes);
+      else
+        std::memcpy(to, from, bytes);
       if (++c == a.c) c = 0, sample++;
     }
+    if (far) finish_stores();
   };
   parallel_for(context, a.n * a.c, std::max<int64_t>(1, 16384 / a.hw), copy);
 }
