@@ -58,10 +58,14 @@ inline int64_t all_caches() {
   return std::max(last.bytes * ((processors + last.sharers - 1) / last.sharers), second * processors);
 }
 
-// Whether a map of so many bytes and a second one of the same size are larger than the caches.
-inline bool exceeds_caches(int64_t bytes) {
-  static const int64_t caches = all_caches();
-  return 2 * bytes > caches;
+inline int64_t caches() {
+  static const int64_t bytes = all_caches();
+  return bytes;
 }
+
+// Whether a map of so many bytes and a second one of the same size are larger than the caches; or than a quarter of them,
+// where much of the maps will have given way to something else.
+inline bool exceeds_caches(int64_t bytes) { return 2 * bytes > caches(); }
+inline bool crowds_caches(int64_t bytes) { return 8 * bytes > caches(); }
 
 }  // namespace convblocks::cpu

@@ -255,13 +255,15 @@ struct Planes {
   }
 };
 
-// Prefetches a plane that is read soon.
+// Prefetches a plane that is read, or written, soon.
+template <bool kWritten = false>
 inline void fetch_plane(const float* from, int64_t pixels) {
-  for (int64_t p = 0; p < pixels; p += 64 / sizeof(float)) __builtin_prefetch(from + p, 0, 2);
+  for (int64_t p = 0; p < pixels; p += 64 / sizeof(float)) __builtin_prefetch(from + p, kWritten, 2);
 }
 
-__attribute__((noinline)) inline void write_plane(const float* from, float* to, int64_t pixels, Activation activation) {
-  write_row<float>(to, pixels, true,
+__attribute__((noinline)) inline void write_plane(const float* from, float* to, int64_t pixels, Activation activation,
+                                                  bool past_caches) {
+  write_row<float>(to, pixels, past_caches,
                    [=](int64_t p, auto lanes) CONVBLOCKS_LOOP { return activate(load(from + p, lanes), activation); });
 }
 
@@ -270,17 +272,19 @@ void convolve_planes(const Context& context, const DepthwiseConv2dShape& s, cons
                      Activation activation, const Map& x, const Map& y, float* sums) {
   const int64_t planes = s.c * s.multiplier, groups = (planes + P - 1) / P, pixels = s.out_h * s.out_w;
   const int64_t grain = std::max<int64_t>(1, 4096 / (pixels * P));
-  // With AVX-512 a plane is read down its columns, which processors do not foresee.
-  const bool far = kBytes == 64 && exceeds_caches(s.n * s.c * s.h * s.w * sizeof(float));
-  // Then it is made in the first cache, and goes from there past the others.
-  const bool past = P == 1 && far && !sums && pixels <= 8192;
+  // With AVX-512 a plane is read and written down its columns, which processors do not foresee.
+  const int64_t bytes = s.n * s.c * s.h * s.w * sizeof(float);
+  const bool far = kBytes == 64 && exceeds_caches(bytes);
+  const bool fetch = far || (kBytes == 64 && s.stride_w == 1 && crowds_caches(bytes));
+  // A plane is made in the first cache where it goes from there past the others, or an activation is done on the way.
+  const bool apart = P == 1 && !sums && pixels <= 8192 && (far || takes_call(activation));
   parallel_for(context, s.n * groups, grain, [&](int64_t begin, int64_t end) {
-    const Scratch<float> scratch(past ? pixels : 1);
+    const Scratch<float> scratch(apart ? pixels : 1);
     Planes<P, K> group;
     group.h = s.h, group.w = s.w, group.out_h = s.out_h, group.out_w = s.out_w, group.top = s.top, group.left = s.left;
     const bool later = P == 1 && takes_call(activation) && pixels <= 1 << 16;
-    group.activation = later || past ? Activation::none : activation;
-    group.later = later && !past ? activation : Activation::none;
+    group.activation = later || apart ? Activation::none : activation;
+    group.later = later && !apart ? activation : Activation::none;
     for (int64_t i = begin; i < end; i++) {
       const int64_t sample = i / groups;
       CONVBLOCKS_UNROLL
@@ -293,13 +297,16 @@ void convolve_planes(const Context& context, const DepthwiseConv2dShape& s, cons
         group.out[p] = static_cast<float*>(y.data) + sample * y.batch + plane * y.channel;
         group.weight[p] = weight + plane * K * K;
         group.bias[p] = bias ? bias[plane] : 0;
-        if (far && plane + P < planes) fetch_plane(in(plane + P), s.h * s.w);
+        if (fetch && plane + P < planes) {
+          fetch_plane(in(plane + P), s.h * s.w);
+          if (!apart) fetch_plane<true>(group.out[p] + P * y.channel, pixels);
+        }
         group.sums[p] = sums ? sums + sample * planes + plane : nullptr;
       }
       float* const to = group.out[0];
-      if (past) group.out[0] = scratch.data();
+      if (apart) group.out[0] = scratch.data();
       s.stride_w == 1 ? group.template convolve<1>() : group.template convolve<2>();
-      if (past) write_plane(scratch.data(), to, pixels, activation);
+      if (apart) write_plane(scratch.data(), to, pixels, activation, far);
     }
     finish_stores();
   });
