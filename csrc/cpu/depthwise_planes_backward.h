@@ -174,7 +174,9 @@ void planes_backward(const Context& context, const DepthwiseConv2dShape& s, cons
                      float* sums) {
   constexpr int64_t L = kLanes<float>, kBlock = (K * K + 1) * L;
   const int64_t pieces = (s.n + samples - 1) / samples, blocks = (s.c + L - 1) / L, pixels = s.out_h * s.out_w;
-  const bool active = activation != Activation::none, far = exceeds_caches(s.n * s.c * s.h * s.w * sizeof(float));
+  const int64_t bytes = s.n * s.c * s.h * s.w * sizeof(float);
+  const bool active = activation != Activation::none, by_columns = kBytes == 64 && STRIDE == 1 && crowds_caches(bytes);
+  const bool fetch = by_columns || exceeds_caches(bytes);
   const int64_t bands = std::clamp<int64_t>(pixels / kPlanePiece, 1, s.out_h);
   const int64_t grain = std::max<int64_t>(1, 4096 / (pixels * samples));
   parallel_for(context, pieces * s.c, grain, [&](int64_t begin, int64_t end) {
@@ -199,6 +201,7 @@ void planes_backward(const Context& context, const DepthwiseConv2dShape& s, cons
         by.in[0] = static_cast<const float*>(grad.data) + n * grad.batch + c * grad.channel;
         float* const to = static_cast<float*>(grad_x.data) + n * grad_x.batch + c * grad_x.channel;
         const float* const next = by.in[0] + grad.channel;
+        if (by_columns) fetch_plane<true>(to, s.h * s.w);
         if (active) {
           map.template convolve<STRIDE>();
           for_lanes<float>(
@@ -207,13 +210,13 @@ void planes_backward(const Context& context, const DepthwiseConv2dShape& s, cons
               });
           by.in[0] = scratch.data() + pixels;
         }
-        if (far) fetch_plane(map.in[0] + x.channel, s.h * s.w);
+        if (fetch) fetch_plane(map.in[0] + x.channel, s.h * s.w);
         for (int64_t band = 0; band < bands; band++) {
           VecF some[K * K + 1]{};
           correlate_plane<STRIDE>(map, by, s.out_h * band / bands, s.out_h * (band + 1) / bands, some);
           for (int t = 0; t <= K * K; t++) acc[t] += some[t];
         }
-        if (far) fetch_plane(next, pixels);
+        if (fetch) fetch_plane(next, pixels);
         if constexpr (STRIDE == 1) {
           back.in[0] = by.in[0];
           back.out[0] = to;
