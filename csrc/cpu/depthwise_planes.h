@@ -149,13 +149,15 @@ struct Planes {
     };
     if constexpr (P == 1 && STRIDE == 1) {
       const __m512i a = (__m512i)columns(0, 0, mask[0]), b = (__m512i)after(0);
-      each([=]<int j>(std::integral_constant<int, j>) { return _mm512_alignr_epi32(b, a, j); });
+      each([=]<int j>(std::integral_constant<int, j>) CONVBLOCKS_LOOP { return _mm512_alignr_epi32(b, a, j); });
     } else if constexpr (P == 1) {
       const __m512 a = columns(0, 0, mask[0]), b = columns(0, 16, mask[0] >> 16), c = after(0);
-      const __m512 some[2] = {_mm512_permutex2var_ps(a, picked(0), b), _mm512_permutex2var_ps(a, picked(1), b)};
-      const __m512 more[2] = {K == 3 ? c : _mm512_permutexvar_ps(picked(0), c), _mm512_permutexvar_ps(picked(1), c)};
-      each([&]<int j>(std::integral_constant<int, j>) {
-        return _mm512_alignr_epi32((__m512i)more[j % 2], (__m512i)some[j % 2], j / 2);
+      // By value: the compiler would keep what is referred to in memory.
+      const __m512 even = _mm512_permutex2var_ps(a, picked(0), b), odd = _mm512_permutex2var_ps(a, picked(1), b);
+      const __m512 more_even = K == 3 ? c : _mm512_permutexvar_ps(picked(0), c);
+      const __m512 more_odd = _mm512_permutexvar_ps(picked(1), c);
+      each([=]<int j>(std::integral_constant<int, j>) CONVBLOCKS_LOOP {
+        return _mm512_alignr_epi32((__m512i)(j % 2 ? more_odd : more_even), (__m512i)(j % 2 ? odd : even), j / 2);
       });
     } else if constexpr (STRIDE == 1) {
       CONVBLOCKS_UNROLL

@@ -46,17 +46,42 @@ inline void correlate_plane(const Planes<1, K>& x, const Planes<1, K>& grad, int
       const Mask mask = Planes<1, K>::lanes(0, grad.w - column, kLanes<float>);
       typename Planes<1, K>::Masks inside;
       x.template masks<STRIDE>(column * STRIDE - x.left, inside);
+      VecF met[K];
+      const auto meets = [&](int64_t in_row) CONVBLOCKS_LOOP {
+        if (static_cast<uint64_t>(in_row) >= static_cast<uint64_t>(x.h)) return false;
+        x.template met<STRIDE, false>(in_row, column * STRIDE - x.left, inside, met);
+        if (whole) return true;
+        CONVBLOCKS_UNROLL
+        for (int j = 0; j < K; j++) met[j] = Planes<1, K>::select(met[j], mask);
+        return true;
+      };
+      const auto add = [&](int k, VecF g) CONVBLOCKS_LOOP {
+        CONVBLOCKS_UNROLL
+        for (int j = 0; j < K; j++) sums[k * K + j] += met[j] * g;
+      };
+      const auto at = [&](int64_t row) CONVBLOCKS_LOOP { return grad.load(row * grad.w + column, mask); };
+      if constexpr (K == 3 && STRIDE == 2) {  // the last tap of a row meets what the first one of the next does
+        VecF g = at(begin);
+        if (meets(begin * 2 - x.top)) add(0, g);
+        for (int64_t row = begin; row < end; row++) {
+          total += g;
+          if (meets(row * 2 - x.top + 1)) add(1, g);
+          const bool last = row + 1 == end;
+          const VecF next = last ? VecF{} : at(row + 1);
+          if (meets(row * 2 - x.top + 2)) {
+            add(2, g);
+            if (!last) add(0, next);
+          }
+          g = next;
+        }
+        continue;
+      }
       for (int64_t row = begin; row < end; row++) {
-        const VecF g = grad.load(row * grad.w + column, mask);
+        const VecF g = at(row);
         total += g;
         CONVBLOCKS_UNROLL
         for (int k = 0; k < kTogether; k++) {
-          const int64_t in_row = row * STRIDE - x.top + i + k;
-          if (static_cast<uint64_t>(in_row) >= static_cast<uint64_t>(x.h)) continue;
-          VecF met[K];
-          x.template met<STRIDE, false>(in_row, column * STRIDE - x.left, inside, met);
-          CONVBLOCKS_UNROLL
-          for (int j = 0; j < K; j++) sums[k * K + j] += (whole ? met[j] : Planes<1, K>::select(met[j], mask)) * g;
+          if (meets(row * STRIDE - x.top + i + k)) add(k, g);
         }
       }
     }
@@ -122,7 +147,8 @@ inline bool each_plane_fits(const DepthwiseConv2dShape& s, const float* weight, 
 }
 
 // The gradient of a plane of the map for stride 2: `ODD` says whether the left padding is. Its even and its odd columns
-// meet different taps.
+// meet different taps. A row of the gradient that came is read once, for the K rows that it reaches; two of them are done
+// then.
 template <int ODD, int K>
 inline void spread_plane(const Planes<1, K>& grad, const float* weight, int64_t h, int64_t w, int64_t top, int64_t left,
                          float* to) {
@@ -130,7 +156,6 @@ inline void spread_plane(const Planes<1, K>& grad, const float* weight, int64_t 
   VecF tap[K * K];
   for (int t = 0; t < K * K; t++) tap[t] = splat<VecF>(weight[t]);
   for (int64_t column = 0; 2 * column < w; column += L) {
-    const int64_t left_over = w - 2 * column;
     constexpr auto side = [](int j) { return (j + ODD) & 1; };  // 1: odd columns
     int64_t at[K];
     Mask inside[K];
@@ -139,30 +164,35 @@ inline void spread_plane(const Planes<1, K>& grad, const float* weight, int64_t 
       at[j] = column + (side(j) + left - j) / 2;
       inside[j] = Planes<1, K>::lanes(-at[j], grad.w - at[j], L);
     }
-    for (int64_t row = 0; row < h; row++) {
-      VecF both[2]{};
-      CONVBLOCKS_UNROLL
-      for (int i = 0; i < K; i++) {
-        const int64_t twice = row + top - i;
-        if (twice & 1 || static_cast<uint64_t>(twice >> 1) >= static_cast<uint64_t>(grad.h)) continue;
+    const auto finish = [=](int64_t row, VecF even, VecF odd) CONVBLOCKS_LOOP {
+      if (static_cast<uint64_t>(row) >= static_cast<uint64_t>(h)) return;
+      const auto put = [&]<int kHalf, int... l>(std::integer_sequence<int, l...>, std::integral_constant<int, kHalf>)
+                           CONVBLOCKS_LOOP {
+                             const VecF v = __builtin_shufflevector(even, odd, (kHalf * L / 2 + l / 2 + l % 2 * L)...);
+                             float* const out = to + row * w + 2 * column + kHalf * L;
+                             const int64_t count = w - 2 * column - kHalf * L;
+                             if (count >= L)
+                               store(out, v);
+                             else if (count > 0)
+                               store(out, v, static_cast<int>(count));
+                           };
+      constexpr std::make_integer_sequence<int, L> all{};
+      put(all, std::integral_constant<int, 0>{});
+      put(all, std::integral_constant<int, 1>{});
+    };
+    VecF sums[K + 2][2]{};  // of the even and the odd columns of rows 2 * g - top and after it
+    for (int64_t g = 0; 2 * g - top < h; g++) {
+      if (g < grad.h) {
         CONVBLOCKS_UNROLL
         for (int j = 0; j < K; j++) {
-          both[side(j)] += grad.load((twice >> 1) * grad.w + at[j], inside[j]) * tap[i * K + j];
+          const VecF v = grad.load(g * grad.w + at[j], inside[j]);
+          CONVBLOCKS_UNROLL
+          for (int i = 0; i < K; i++) sums[i][side(j)] += v * tap[i * K + j];
         }
       }
-      float* const out = to + row * w + 2 * column;
-      const auto mix = [&]<int... l>(std::integer_sequence<int, l...>, auto half) {
-        return __builtin_shufflevector(both[0], both[1], (half() * L / 2 + l / 2 + l % 2 * L)...);
-      };
-      const auto put = [&](VecF v, float* at, int64_t count) {
-        if (count >= L)
-          store(at, v);
-        else if (count > 0)
-          store(at, v, static_cast<int>(count));
-      };
-      constexpr std::make_integer_sequence<int, L> all{};
-      put(mix(all, std::integral_constant<int, 0>{}), out, left_over);
-      put(mix(all, std::integral_constant<int, 1>{}), out + L, left_over - L);
+      for (int i = 0; i < 2; i++) finish(2 * g - top + i, sums[i][0], sums[i][1]);
+      CONVBLOCKS_UNROLL
+      for (int i = 0; i < K; i++) sums[i][0] = sums[i + 2][0], sums[i][1] = sums[i + 2][1];
     }
   }
 }
@@ -211,7 +241,8 @@ void planes_backward(const Context& context, const DepthwiseConv2dShape& s, cons
           by.in[0] = scratch.data() + pixels;
         }
         if (fetch) fetch_plane(map.in[0] + x.channel, s.h * s.w);
-        for (int64_t band = 0; band < bands; band++) {
+        if (bands == 1) correlate_plane<STRIDE>(map, by, 0, s.out_h, acc);
+        for (int64_t band = 0; bands > 1 && band < bands; band++) {
           VecF some[K * K + 1]{};
           correlate_plane<STRIDE>(map, by, s.out_h * band / bands, s.out_h * (band + 1) / bands, some);
           for (int t = 0; t <= K * K; t++) acc[t] += some[t];
