@@ -135,15 +135,19 @@ void weave_few(const Piece<T>& piece) {
 
 template <bool kBack, class T>
 void weave_many(const Piece<T>& piece) {
+  constexpr int64_t kRows = 64;  // of the woven stream, which stay in the cache
   for (int64_t p = 0; p < piece.pixels; p++) {
     T* woven = piece.woven.data + p * piece.woven.pixel;
-    for (int64_t i = 0; i < piece.few; i++) {
-      T* loose = piece.loose[i].data + p * piece.loose[i].pixel;
-      for (int64_t j = 0; j < piece.length; j++) {
-        if constexpr (kBack)
-          loose[j] = woven[j * piece.few + i];
-        else
-          woven[j * piece.few + i] = loose[j];
+    for (int64_t begin = 0; begin < piece.length; begin += kRows) {
+      const int64_t end = std::min(piece.length, begin + kRows);
+      for (int64_t i = 0; i < piece.few; i++) {
+        T* loose = piece.loose[i].data + p * piece.loose[i].pixel;
+        for (int64_t j = begin; j < end; j++) {
+          if constexpr (kBack)
+            loose[j] = woven[j * piece.few + i];
+          else
+            woven[j * piece.few + i] = loose[j];
+        }
       }
     }
   }
