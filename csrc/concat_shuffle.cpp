@@ -1,7 +1,6 @@
 #include "concat_shuffle.h"
 
 #include <ATen/ops/cat.h>
-#include <ATen/ops/slice.h>
 
 #include "op.h"
 #include "shuffle_call.h"
@@ -73,24 +72,6 @@ struct ConcatShuffle {
     Grads grads = transposed(grad, grad.sym_size(1) / groups, groups).split_with_sizes_symint(channels, 1);
     for (Tensor& t : grads) t = t.clone(at::MemoryFormat::Contiguous);  // never views
     return grads;
-  }
-
-  // Nothing moves where each map is within a group, so that its channels are equally far apart in the gradient: of planes
-  // that are long enough for whoever reads them next to make no difference.
-  static Grads gradient_views(const Tensor& grad, c10::SymIntArrayRef channels, c10::SymInt groups) {
-    constexpr int64_t kLong = 32;
-    if (!is_plain(grad) || is_empty(grad) || !grad.is_contiguous() || grad.stride(1) < kLong) return {};
-    const int64_t few = groups.expect_int(), width = grad.size(1) / few;
-    Grads views;
-    int64_t start = 0;
-    for (const auto& c : channels) {
-      const int64_t count = c.expect_int(), row = start / width, column = start % width;
-      if (column + count > width) return {};
-      const int64_t from = column * few + row;
-      views.push_back(at::slice(grad, 1, from, from + count * few, few));
-      start += count;
-    }
-    return views;
   }
 
   static void run(const Call& kernel, const Tensor& y, at::TensorList tensors, c10::SymInt groups) {

@@ -21,7 +21,6 @@
 //     static std::vector<c10::SymInt> output_size(const Tensor& x, double e_lambda);         // else that of x
 //     static constexpr bool autocasts = true;                         // computes, as convolutions do, in autocast's dtype
 //     static Grads empty_grads(const Tensor& grad, ...);                  // of maps among the other arguments, or in a list
-//     static Grads gradient_views(const Tensor& grad, ...);               // in place of the backward's where they are not empty
 //     static int64_t memory_size(const Tensor& x, double e_lambda);       // of the Memory that run keeps and run_backward takes
 #pragma once
 #include <ATen/TensorOperators.h>
@@ -254,10 +253,6 @@ struct Operator<Op, Tensor (*)(Args...), Gradient (*)(BackwardArgs...)> {
     }
     static variable_list backward(AutogradContext* ctx, const variable_list& grad) {
       return gradients(ctx, [&](const auto& x, const auto&... rest) {
-        if constexpr (requires { Op::gradient_views(grad[0], x, rest...); }) {
-          const Grads views = Op::gradient_views(grad[0], x, rest...);
-          if (!views.empty()) return views;
-        }
         if constexpr (linear && !many)
           return unpack(call_backward(grad[0], rest...));
         else

@@ -79,5 +79,4 @@ INFO = OpInfo(
     backward_flops=lambda s: 0,
     gpu_traffic=(1.05, 1.05),
     linear=True,
-    gradient_views=True,
 )

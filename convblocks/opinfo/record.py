@@ -109,7 +109,6 @@ class OpInfo:
     )
     dtypes: tuple[torch.dtype, ...] = field(default=DTYPES)
     linear: bool = False  # in its maps, its only tensors: the backward operator takes no map
-    gradient_views: bool = False  # of the gradient that comes in, where it is contiguous: not dense then
     maps: Callable[[Size, Options], list[Size]] | None = None  # those of a list of maps, where it takes one
     per_sample: Callable[[Tensor], tuple[Tensor, ...]] | None = None  # of one whose other arguments are so: for any map
     bad_gradients: Callable[[str], Iterator[BadInput]] | None = None  # of a linear one, where not as bad_inputs

@@ -57,8 +57,7 @@ def concat_shuffle(tensors: Sequence[Tensor], groups: int) -> Tensor:
         groups: a divisor of the sum of all C_i.
 
     Returns:
-        A tensor (N, sum of C_i, H, W) in the memory format of the first map. Its backward moves nothing where every map
-        lies in one group and the gradient is contiguous, of 32 pixels or more: gradients are views of that one then.
+        A tensor (N, sum of C_i, H, W) in the memory format of the first map.
 
     Raises:
         ValueError: no maps, a map is not 4-D or of another N, H or W, or groups does not divide the channels.

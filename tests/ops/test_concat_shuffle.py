@@ -8,10 +8,9 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from torch.autograd import gradgradcheck
 
 from convblocks.ops import channel_shuffle, concat_shuffle
-from tests.ops.common import SLOW, affordable, of_kernels
+from tests.ops.common import SLOW, affordable
 
 each_format = pytest.mark.parametrize("format_", [torch.contiguous_format, torch.channels_last], ids=["nchw", "nhwc"])
 BITS = {2: torch.int16, 4: torch.int32, 8: torch.int64}
@@ -82,62 +81,6 @@ def test_the_halves_of_a_map_are_read_where_they_are(backend: str, device: str) 
     assert torch.equal(y, F.channel_shuffle(torch.cat([left, right, left], 1), 3))
     (grad,) = torch.autograd.grad(y.sum(), x)
     assert torch.equal(grad, torch.cat([2 * torch.ones_like(left), torch.ones_like(right)], 1))
-
-
-def _gradients(channels: tuple[int, ...], groups: int, grad: Tensor) -> tuple[Tensor, ...]:
-    n, _, h, w = grad.shape
-    maps = [torch.randn(n, c, h, w, device=grad.device, requires_grad=True) for c in channels]
-    gradients = torch.autograd.grad(concat_shuffle(maps, groups), maps, grad)
-    wanted = torch.autograd.grad(F.channel_shuffle(torch.cat(maps, 1), groups), maps, grad)
-    assert all(torch.equal(g, want) for g, want in zip(gradients, wanted, strict=True))
-    return gradients
-
-
-@of_kernels
-@pytest.mark.parametrize(
-    ("channels", "groups", "size", "views"),
-    [
-        ((6, 6), 2, (8, 4), True),
-        ((2, 4, 6), 2, (8, 8), True),  # each in one group
-        ((6, 0, 6), 2, (8, 8), True),
-        ((3,) * 4, 4, (8, 8), True),
-        ((12,), 1, (8, 8), True),
-        ((5, 7), 2, (8, 8), False),  # the second is in both
-        ((12,), 2, (8, 8), False),
-        ((6, 6), 2, (31, 1), False),  # copying such planes costs less than reading them one by one
-    ],
-    ids=str,
-)
-def test_gradients_that_are_views(
-    channels: tuple[int, ...], groups: int, size: tuple[int, int], views: bool, backend: str, device: str
-) -> None:
-    grad = torch.randn(2, sum(channels), *size, device=device)
-    gradients = _gradients(channels, groups, grad)
-    assert all((g.untyped_storage().data_ptr() == grad.untyped_storage().data_ptr()) == views for g in gradients)
-    assert views or all(g.is_contiguous() for g in gradients)
-
-
-@of_kernels
-@pytest.mark.parametrize("layout", ["nhwc", "slice", "crop"])
-def test_no_views_of_other_layouts(layout: str, backend: str, device: str) -> None:
-    grad = LAYOUTS[layout](torch.randn(2, 12, 8, 8, device=device))
-    gradients = _gradients((6, 6), 2, grad)
-    assert all(g.untyped_storage().data_ptr() != grad.untyped_storage().data_ptr() for g in gradients)
-
-
-@of_kernels
-def test_views_have_derivatives_and_collect_in_leaves(backend: str, device: str) -> None:
-    maps = [torch.randn(2, 4, 8, 8, device=device, dtype=torch.float64, requires_grad=True) for _ in range(2)]
-    grad = torch.randn(2, 8, 8, 8, device=device, dtype=torch.float64, requires_grad=True)
-    assert gradgradcheck(lambda a, b: concat_shuffle([a, b], 2), maps, grad, check_batched_grad=True, fast_mode=True)
-    values = grad.detach().clone()
-    for _ in range(2):
-        concat_shuffle(maps, 2).backward(values)
-    for t, want in zip(maps, _parts(grad), strict=True):
-        assert t.grad is not None
-        assert t.grad.is_contiguous()
-        assert torch.equal(t.grad, 2 * want)
-    assert torch.equal(values, grad)
 
 
 @pytest.mark.parametrize("wanted", itertools.product([False, True], repeat=3), ids=str)
