@@ -6,35 +6,41 @@
 #include <algorithm>
 #include <vector>
 
-#include "convolution_tile.h"
-#include "lanes.h"
+#include "convolution_input.h"
 
 namespace convblocks::cpu {
 
 // Of weights and of input that are used together, and of weights that are in the first cache with all else.
 constexpr int64_t kPackedBytes = 384 << 10, kPixelBytes = 128 << 10, kNearBytes = 16 << 10;
-// Sums of more terms are built from sums of so many, which lose less to rounding.
+// Sums of more terms are built from sums of at most so many, which lose less to rounding.
 constexpr int64_t kTerms = 512;
 
 template <class A>
 class Convolution {
  public:
   static constexpr int L = kLanes<A>;
+  // Terms whose weights, of a panel, stay in the first cache for all pixels of a block.
+  static constexpr int64_t kTogether = std::min(kTerms, 2 * kNearBytes / (kPanel * L * int64_t(sizeof(A))));
 
-  explicit Convolution(const DenseConv2dArgs& args) : a(args) {
+  // Of vectors [from, to) of output channels.
+  Convolution(const DenseConv2dArgs& args, int64_t from, int64_t to) : a(args), from_(from), to_(to), input_(args) {
     // Of few channels, the taps of a row are one run of memory, in a padded copy: it costs less to begin few runs.
     exchanges_ = a.planes && a.x.channel != 1;
-    gathers_ = exchanges_ || (a.kernel_w > 1 && a.c < 64 && a.dilation_w == 1 && !skips());
+    gathers_ = a.kernel_w > 1 && a.c < 64 && a.dilation_w == 1 && !skips();
     runs_ = gathers_ ? a.kernel_h : a.kernel_h * a.kernel_w;
     length_ = gathers_ ? a.kernel_w * a.c : a.c;
     width_ = (a.out_w - 1) * a.stride_w + a.kernel_w;
-    const int64_t bytes = a.c * sizeof(A) * (gathers_ ? a.stride_h * a.stride_w : 1),
+    const bool copies = gathers_ || exchanges_;
+    const int64_t bytes = a.c * sizeof(A) * (copies ? a.stride_h * a.stride_w : 1),
                   groups = kPixelBytes / bytes / kGroup;
-    block_ = (gathers_ ? std::clamp<int64_t>(groups, 2, 64) : std::clamp<int64_t>(groups, 8, 16)) * kGroup;
-    edges_ = {0, a.out_w};
-    if (!gathers_) cut_columns();
-    ahead_ = gathers_ ? 0 : kGroup * a.stride_w * a.x.pixel;
-    const bool fits = vectors() <= kLineVectors && terms() <= kTerms && a.out_w > 4;  // shorter lines would take longer
+    block_ = std::clamp<int64_t>(groups, gathers_ ? 2 : 8, copies ? 64 : 16) * kGroup;
+    columns_ =
+        gathers_ ? std::vector<int64_t>{0, a.out_w} : edges(a.kernel_w, a.dilation_w, a.stride_w, a.left, a.w, a.out_w);
+    rows_ =
+        gathers_ ? std::vector<int64_t>{0, a.out_h} : edges(a.kernel_h, a.dilation_h, a.stride_h, a.top, a.h, a.out_h);
+    ahead_ = copies ? 0 : kGroup * a.stride_w * a.x.pixel;
+    const bool fits =
+        all_vectors(a) <= kLineVectors && terms() <= kTerms && a.out_w > 4;  // shorter lines would take longer
     by_lines_ = gathers_ && a.kernel_w == 3 && a.stride_w == 1 && fits;
     if (by_lines_) block_ = std::max<int64_t>(1, block_ / a.out_w) * a.out_w;
   }
@@ -42,14 +48,15 @@ class Convolution {
   // Whether there is input that no tap meets, which a copy of lines need not have.
   bool skips() const { return a.stride_h > a.kernel_h * a.dilation_h || a.stride_w > a.kernel_w; }
 
+  static int64_t all_vectors(const DenseConv2dArgs& args) { return (args.out_c + L - 1) / L; }
   // The output channels are cut into panels of kPanel vectors. No panel has a single one, if that is not all: of panels
   // of two the last has three then, and of panels of four the last ones have three and two.
-  int64_t vectors() const { return (a.out_c + L - 1) / L; }
+  int64_t vectors() const { return to_ - from_; }
   int64_t panels() const { return std::max<int64_t>(1, kPanel == 2 ? vectors() / 2 : (vectors() + 3) / 4); }
   int64_t start(int64_t panel) const {  // its first vector
-    if (panel == panels()) return vectors();
+    if (panel == panels()) return to_;
     const bool gives_one = kPanel == 4 && vectors() > 1 && vectors() % 4 == 1 && panel + 1 == panels();
-    return panel * kPanel - gives_one;
+    return from_ + panel * kPanel - gives_one;
   }
   int64_t width(int64_t panel) const { return start(panel + 1) - start(panel); }
   int64_t terms() const { return runs_ * length_; }
@@ -95,55 +102,73 @@ class Convolution {
     zeros_.resize(length_);
     if (!by_lines_) runs_of_.resize(block_ * runs_);
     outputs_.resize(block_);
-    if (terms() > kTerms) sums_ = std::make_unique_for_overwrite<A[]>(block_ * kMost * L);
+    if (terms() > kTogether) sums_ = Buffer<A>(block_ * kMost * L);
     const int64_t channel = start(first) * L, channels = std::min(a.out_c, start(last) * L) - channel;
-    if (a.planes) exchanged_ = std::make_unique_for_overwrite<A[]>(block_ * vectors() * L);
+    if (a.planes) exchanged_ = Buffer<A>(block_ * row_size());
     for (int64_t at = begin, stop; at < end; at = stop) {
-      stop = std::min({end, by_lines_ ? at / a.out_w * a.out_w + block_ : at + block_, (at / hw + 1) * hw});
-      const int64_t sample = at / hw, pixel = at % hw, row_size = vectors() * L;
-      locate(sample, pixel, stop - at);
+      stop = std::min(end, by_lines_ ? at / a.out_w * a.out_w + block_ : at + block_);
+      if (gathers_ || exchanges_) stop = std::min(stop, (at / hw + 1) * hw);  // copies are of one sample
+      locate(at, stop);
       if (a.planes && a.residual.data) {
-        transpose_into(row<const A>(a.residual, sample, channel, pixel), a.residual.channel, channels, stop - at,
-                       exchanged_.get() + channel, row_size);
+        each_sample(at, stop, [&](int64_t sample, int64_t pixel, int64_t count, A* exchanged) {
+          transpose_into(row<const A>(a.residual, sample, channel, pixel), a.residual.channel, channels, count,
+                         exchanged + channel, row_size());
+        });
       }
       const auto group = [&](int64_t panel, int64_t term, int64_t p) {
         const int count = static_cast<int>(std::min<int64_t>(kGroup, stop - at - p));
         columns(panel, packed + packed_at(first, panel), term, p, count);
       };
       if (by_lines_) {
-        lines(packed, pixel, stop - at);
-      } else if (terms() <= kTerms && packed_at(first, last) * int64_t(sizeof(A)) <= kNearBytes) {
+        lines(packed, at % hw, stop - at);
+      } else if (terms() <= kTogether && packed_at(first, last) * int64_t(sizeof(A)) <= kNearBytes) {
         for (int64_t p = 0; p < stop - at; p += kGroup) {
           for (int64_t i = first; i < last; i++) group(i, 0, p);
         }
       } else {
         for (int64_t i = first; i < last; i++) {
-          for (int64_t term = 0; term < terms(); term += kTerms) {
+          for (int64_t term = 0; term < terms(); term += kTogether) {
             for (int64_t p = 0; p < stop - at; p += kGroup) group(i, term, p);
           }
         }
       }
       if (a.planes) {
-        transpose_into<A>(exchanged_.get() + channel, row_size, stop - at, channels,
-                          row<A>(a.y, sample, channel, pixel), a.y.channel);
+        each_sample(at, stop, [&](int64_t sample, int64_t pixel, int64_t count, A* exchanged) {
+          transpose_into<A>(exchanged + channel, row_size(), count, channels, row<A>(a.y, sample, channel, pixel),
+                            a.y.channel);
+        });
       }
     }
   }
 
  private:
-  void cut_columns() {
-    for (int64_t j = 0; j < a.kernel_w; j++) {  // where the tap begins to meet the input, and ends to
-      const int64_t to_left = a.left - j * a.dilation_w;
-      for (const int64_t met : {to_left, to_left + a.w}) {
-        edges_.push_back(std::clamp<int64_t>((met + a.stride_w - 1) / a.stride_w, 0, a.out_w));
+  int64_t row_size() const { return all_vectors(a) * L; }  // of a pixel of the output where planes are asked for
+
+  // Rows or columns of the output, between which the same taps meet the input; unless those of a block between two do not
+  // fill a tile.
+  std::vector<int64_t> edges(int64_t kernel, int64_t dilation, int64_t stride, int64_t padding, int64_t size,
+                             int64_t out) const {
+    std::vector<int64_t> all{0, out};
+    for (int64_t i = 0; i < kernel; i++) {  // where the tap begins to meet the input, and ends to
+      const int64_t start = padding - i * dilation;
+      for (const int64_t met : {start, start + size}) {
+        all.push_back(std::clamp<int64_t>((met + stride - 1) / stride, 0, out));
       }
     }
-    std::sort(edges_.begin(), edges_.end());
-    edges_.erase(std::unique(edges_.begin(), edges_.end()), edges_.end());
-    // Not where the columns of a block between two edges do not fill a tile.
-    const int64_t lines = block_ / a.out_w;
-    const auto few = [=](int64_t from, int64_t to) { return (to - from) * lines < kGroup / kMost; };
-    if (std::adjacent_find(edges_.begin(), edges_.end(), few) != edges_.end()) edges_ = {0, a.out_w};
+    std::sort(all.begin(), all.end());
+    all.erase(std::unique(all.begin(), all.end()), all.end());
+    const auto few = [=, this](int64_t from, int64_t to) { return (to - from) * block_ < out * kGroup / kMost; };
+    return std::adjacent_find(all.begin(), all.end(), few) == all.end() ? all : std::vector<int64_t>{0, out};
+  }
+
+  // Calls f(sample, pixel, count, what is exchanged of them) for each sample that pixels [at, stop) are of.
+  template <class F>
+  void each_sample(int64_t at, int64_t stop, F f) {
+    const int64_t hw = a.out_h * a.out_w;
+    for (int64_t i = at, next; i < stop; i = next) {
+      next = std::min(stop, (i / hw + 1) * hw);
+      f(i / hw, i % hw, next - i, exchanged_.data() + (i - at) * row_size());
+    }
   }
 
   // Of panels laid out from `first` on.
@@ -152,92 +177,67 @@ class Convolution {
   // The first of the runs of pixel p of a block; the next is kGroup further.
   const A** runs_of(int64_t p) { return &runs_of_[p / kGroup * kGroup * runs_ + p % kGroup]; }
 
-  // Where `count` pixels of a sample of the output are, and where the runs that they are made of begin. Those of a group
-  // lie side by side; the last stands in for those that are missing.
-  void locate(int64_t sample, int64_t first, int64_t count) {
-    const int64_t line = first / a.out_w, last = (first + count - 1) / a.out_w;
-    const A* const map = row<const A>(a.x, sample, 0);
+  // Where pixels [at, stop) of the output are, and where the runs that they are made of begin. Those of a group lie side
+  // by side; the last stands in for those that are missing.
+  void locate(int64_t at, int64_t stop) {
+    const int64_t sample = at / a.out_w / a.out_h, line = at / a.out_w % a.out_h,
+                  last = line + (stop - 1) / a.out_w - at / a.out_w;
+    if (gathers_) copy_ = input_.padded(width_, sample, line, last);
+    if (!gathers_ && exchanges_) copy_ = input_.exchanged(sample, line, last);
+    if (by_lines_) return each_pixel(at, stop, [](const A*, int64_t, int64_t, int64_t) {});
+    const int64_t step = exchanges_ ? a.c : a.x.pixel;
     if (gathers_) {
-      gather(sample, line, last);
-      if (by_lines_) return each_pixel(sample, first, count, [](int64_t, int64_t, int64_t) {});
-      each_pixel(sample, first, count, [this, line](int64_t h, int64_t w, int64_t p) {
+      each_pixel(at, stop, [=, this](const A* map, int64_t h, int64_t w, int64_t p) {
         const A** const to = runs_of(p);
-        const A* from = gathered_.get() + ((h - line) * a.stride_h * width_ + w * a.stride_w) * a.c;
+        const A* from = map + ((h - line) * a.stride_h * width_ + w * a.stride_w) * a.c;
         for (int64_t i = 0; i < runs_; i++) to[i * kGroup] = from + i * a.dilation_h * width_ * a.c;
       });
     } else if (a.kernel_h * a.kernel_w == 1 && a.top == 0 && a.left == 0) {
-      each_pixel(sample, first, count, [this, map](int64_t h, int64_t w, int64_t p) {
-        *runs_of(p) = map + (h * a.stride_h * a.w + w * a.stride_w) * a.x.pixel;
+      each_pixel(at, stop, [=, this](const A* map, int64_t h, int64_t w, int64_t p) {
+        *runs_of(p) = map + (h * a.stride_h * a.w + w * a.stride_w) * step;
       });
     } else {
-      each_pixel(sample, first, count, [this, map](int64_t line, int64_t column, int64_t p) {
+      each_pixel(at, stop, [=, this](const A* map, int64_t line, int64_t column, int64_t p) {
         const A** to = runs_of(p);
         for (int64_t i = 0; i < a.kernel_h; i++) {
           const int64_t h = line * a.stride_h - a.top + i * a.dilation_h;
           for (int64_t j = 0; j < a.kernel_w; j++, to += kGroup) {
             const int64_t w = column * a.stride_w - a.left + j * a.dilation_w;
             const bool inside = h >= 0 && h < a.h && w >= 0 && w < a.w;
-            *to = inside ? map + (h * a.w + w) * a.x.pixel : zeros_.data();
+            *to = inside ? map + (h * a.w + w) * step : zeros_.data();
           }
         }
       });
     }
-    for (int64_t p = count; p % kGroup; p++) {
+    for (int64_t p = stop - at; p % kGroup; p++) {
       const A** const to = runs_of(p);
       for (int64_t i = 0; i < runs_; i++) to[i * kGroup] = to[i * kGroup - 1];
     }
   }
 
-  // In columns that meet the same taps, one after the other: the more groups there are of pixels that are alike, the more
-  // taps are passed over.
+  // Those that meet the same taps one after the other: the more groups there are of pixels that are alike, the more taps
+  // are passed over.
   template <class F>
-  void each_pixel(int64_t sample, int64_t first, int64_t count, F f) {
-    A* const y = a.planes ? exchanged_.get() : row<A>(a.y, sample, 0, first);
-    const A* const residual = !a.residual.data ? nullptr : a.planes ? y : row<const A>(a.residual, sample, 0, first);
-    const int64_t y_step = a.planes ? vectors() * L : a.y.pixel, step = a.planes ? y_step : a.residual.pixel;
-    const int64_t stop = first + count;
+  void each_pixel(int64_t at, int64_t stop, F f) {
     int64_t p = 0;
-    for (size_t some = 0; some + 1 < edges_.size(); some++) {
-      for (int64_t h = first / a.out_w; h * a.out_w < stop; h++) {
-        const int64_t begin = std::max(edges_[some], first - h * a.out_w),
-                      end = std::min(edges_[some + 1], stop - h * a.out_w);
-        for (int64_t w = begin; w < end; w++, p++) {
-          const int64_t number = h * a.out_w + w - first;
-          outputs_[p] = {y + number * y_step, residual ? residual + number * step : nullptr};
-          f(h, w, p);
+    for (size_t i = 0; i + 1 < rows_.size(); i++) {
+      for (size_t j = 0; j + 1 < columns_.size(); j++) {
+        for (int64_t line = at / a.out_w; line * a.out_w < stop; line++) {
+          const int64_t sample = line / a.out_h, h = line % a.out_h, first = line * a.out_w - at;
+          if (h < rows_[i] || h >= rows_[i + 1]) continue;
+          const int64_t begin = std::max(columns_[j], -first), end = std::min(columns_[j + 1], stop - at - first);
+          const A* const map = gathers_ || exchanges_ ? copy_ : row<const A>(a.x, sample, 0);
+          for (int64_t w = begin; w < end; w++, p++) {
+            A* const exchanged = exchanged_.data() + (first + w) * row_size();
+            const int64_t pixel = h * a.out_w + w;
+            outputs_[p].y = a.planes ? exchanged : row<A>(a.y, sample, 0, pixel);
+            outputs_[p].residual = !a.residual.data ? nullptr
+                                   : a.planes       ? exchanged
+                                                    : row<const A>(a.residual, sample, 0, pixel);
+            f(map, h, w, p);
+          }
         }
       }
-    }
-  }
-
-  // The lines of the input that lines [first, last] of the output are made of, with their padding.
-  void gather(int64_t sample, int64_t first, int64_t last) {
-    const int64_t top = first * a.stride_h - a.top,
-                  lines = (last - first) * a.stride_h + (a.kernel_h - 1) * a.dilation_h + 1,
-                  kept = std::clamp<int64_t>(width_ - a.left, 0, a.w), size = lines * width_ * a.c;
-    const int64_t room = size + kLine * a.c;  // what the last of a line may read, for nothing
-    if (room > gathered_size_) gathered_ = std::make_unique_for_overwrite<A[]>(gathered_size_ = room);
-    A* to = gathered_.get();
-    const auto skip = [&](int64_t pixels) { to = std::fill_n(to, pixels * a.c, A(0)); };
-    for (int64_t h = top; h < top + lines; h++) {
-      if (h < 0 || h >= a.h || kept == 0) {
-        skip(width_);
-        continue;
-      }
-      skip(a.left);
-      const A* const from = row<const A>(a.x, sample, 0, h * a.w);
-      if (exchanges_) {
-        transpose_into(from, a.x.channel, a.c, kept, to, a.c);
-        to += kept * a.c;
-      } else if (a.x.pixel == a.c) {
-        to = std::copy_n(from, kept * a.c, to);
-      } else {
-        for (int64_t w = 0; w < kept; w++, to += a.c) {
-          for_lanes<A>(a.c, [to, from = from + w * a.x.pixel](int64_t i, auto lanes)
-                                CONVBLOCKS_LOOP { store(to + i, load(from + i, lanes), lanes); });
-        }
-      }
-      skip(width_ - a.left - kept);
     }
   }
 
@@ -257,7 +257,7 @@ class Convolution {
     with_activation([&](auto activation) {
       for (int64_t at = first; at < first + count;) {
         const int64_t h = at / a.out_w, w = at % a.out_w, left = std::min(first + count - at, a.out_w - w);
-        const A* const from = gathered_.get() + ((h - first / a.out_w) * a.stride_h * width_ + w) * a.c;
+        const A* const from = copy_ + ((h - first / a.out_w) * a.stride_h * width_ + w) * a.c;
         const int most = vectors() == 1 ? kLine : kLine / 2, pixels = static_cast<int>(std::min<int64_t>(left, most));
         if (pixels > kLine / 2) {
           line<1, kLine>(from, weights, at - first, pixels, activation);
@@ -300,11 +300,11 @@ class Convolution {
     }
   }
 
-  // Adds kTerms terms, from `term` on, to the sums; after the last ones, the output.
+  // Adds kTogether terms, from `term` on, to the sums; after the last ones, the output.
   template <int R, int V, class Kind>
   void tile(int64_t o, const A* w, int64_t term, int64_t pixel, int count, Kind activation) const {
     Vec<A> acc[R][V]{};
-    const int64_t length = length_, terms = runs_ * length, end = std::min(terms, term + kTerms);
+    const int64_t length = length_, terms = runs_ * length, end = std::min(terms, term + kTogether);
     const A* const nothing = zeros_.data();
     const A* const* runs = &runs_of_[pixel / kGroup * kGroup * runs_ + pixel % kGroup + term / length * kGroup];
     w += term * V * L;
@@ -344,7 +344,7 @@ class Convolution {
         }
       }
     }
-    A* const sums = sums_.get() + pixel * kMost * L;
+    A* const sums = sums_.data() + pixel * kMost * L;
     if (term > 0) {
 #pragma GCC unroll 24
       for (int r = 0; r < R; r++) {
@@ -364,6 +364,7 @@ class Convolution {
   }
 
   const DenseConv2dArgs& a;
+  int64_t from_, to_;
   bool exchanges_, gathers_;  // planes of the input with channels; input in a copy
   bool by_lines_;             // pixels of a line by themselves, whose taps share what is read
   bool is_finite_ = true;     // of the weights laid out last
@@ -371,12 +372,13 @@ class Convolution {
   int64_t width_;             // of the padded input
   int64_t ahead_;             // from a pixel to where the next group has its own
 
-  int64_t block_;               // pixels that are taken together
-  std::vector<int64_t> edges_;  // columns of the output, between which the same taps meet the input
+  int64_t block_;                        // pixels that are taken together
+  std::vector<int64_t> rows_, columns_;  // of the output, between which the same taps meet the input
   std::vector<A> zeros_;
-  std::unique_ptr<A[]> gathered_, exchanged_;  // of the input, and of the output where planes are asked for
-  std::unique_ptr<A[]> sums_;                  // of the terms so far
-  int64_t gathered_size_ = 0;
+  ConvolutionInput<A> input_;
+  const A* copy_;        // of lines of a sample
+  Buffer<A> exchanged_;  // of the output, where planes are asked for
+  Buffer<A> sums_;       // of the terms so far
   std::vector<const A*> runs_of_;
   std::vector<TileOutput<A>> outputs_;
 };

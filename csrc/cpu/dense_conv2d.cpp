@@ -21,31 +21,39 @@ Map interleaved(const Context& context, const Map& x, int64_t n, int64_t c, int6
   return {to, c * hw, 1, c};
 }
 
+// Threads share the pixels, and each lays out all weights; or they share the output channels, where laying out takes longer
+// than the more even cut of the pixels saves. A weight is laid out in about the time in which kPixels meet it.
+inline bool share_channels(const Context& context, int64_t vectors, int64_t pixels) {
+  constexpr int64_t kPixels = 16;
+  const int64_t threads = context.threads, most = (vectors + threads - 1) / threads;
+  return most * (kPixels + pixels) < vectors * kPixels + vectors * pixels / threads;
+}
+
 template <class A>
 void forward(const Context& context, DenseConv2dArgs args) {
-  const Convolution<A> whole(args);
+  const int64_t vectors = Convolution<A>::all_vectors(args);
+  const Convolution<A> whole(args, 0, vectors);
   const int64_t panels = whole.panels(), pixels = whole.pixels(), size = whole.panel_size();
   const int64_t together = std::clamp<int64_t>(kPackedBytes / int64_t(size * sizeof(A)), 1, panels);
-  // Threads share the pixels, and each packs all weights; or, of many weights, these.
-  const bool even = whole.vectors() % (kPanel * context.threads) == 0 || panels >= 16 * context.threads;
-  const bool many = panels > together && pixels <= 4096 && even;
-  if (args.planes && (panels > together || whole.skips()))
-    args.x = interleaved<A>(context, args.x, args.n, args.c, args.h * args.w);
-  const auto run = [&](int64_t first, int64_t last, int64_t begin, int64_t end) {
-    Convolution<A> part(args);
+  const bool many = panels > together;
+  if (args.planes && many) args.x = interleaved<A>(context, args.x, args.n, args.c, args.h * args.w);
+  const auto run = [&](int64_t from, int64_t to, int64_t begin, int64_t end) {
+    Convolution<A> part(args, from, to);
     const Scratch<A> packed(together * size + size / 2);
-    for (; first < last; first += together) {
-      const int64_t stop = std::min(last, first + together);
+    for (int64_t first = 0; first < part.panels(); first += together) {
+      const int64_t stop = std::min(part.panels(), first + together);
       part.pack(first, stop, packed.data());
       part.run(first, stop, packed.data(), begin, end);
     }
   };
+  if (many && share_channels(context, vectors, pixels)) {
+    return parallel_for(context, vectors, 2, [&](int64_t from, int64_t to) { run(from, to, 0, pixels); });
+  }
   const bool small = pixels * whole.terms() * args.out_c < 100000;  // not worth waking a thread for
   constexpr int64_t kUnit = kGroup / 4;
   const int64_t units = (pixels + kUnit - 1) / kUnit;
-  if (many) return parallel_for(context, panels, 1, [&](int64_t a, int64_t b) { run(a, b, 0, pixels); });
   parallel_for(context, units, small ? units : 1,
-               [&](int64_t a, int64_t b) { run(0, panels, a * kUnit, std::min(pixels, b * kUnit)); });
+               [&](int64_t a, int64_t b) { run(0, vectors, a * kUnit, std::min(pixels, b * kUnit)); });
 }
 
 }  // namespace

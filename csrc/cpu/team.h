@@ -18,23 +18,43 @@ void parallel_for(const Context& context, int64_t end, int64_t grain, F f) {
       end, grain, [](void* data, int64_t begin, int64_t stop) { (*static_cast<F*>(data))(begin, stop); }, &f);
 }
 
+// Uninitialised memory that begins where a line of the cache does: a vector that lies across two costs two reads.
+template <class A>
+class Buffer {
+ public:
+  Buffer() = default;
+  explicit Buffer(int64_t size)
+      : own_(std::make_unique_for_overwrite<A[]>(size + kLineBytes / sizeof(A))), size_(size) {
+    const auto address = reinterpret_cast<uintptr_t>(own_.get());
+    data_ = own_.get() + (kLineBytes - address % kLineBytes) / sizeof(A);
+  }
+  A* data() const { return data_; }
+  int64_t size() const { return size_; }
+
+ private:
+  static constexpr size_t kLineBytes = 64;
+  std::unique_ptr<A[]> own_;
+  A* data_ = nullptr;
+  int64_t size_ = 0;
+};
+
 // Uninitialised memory of the calling thread. A small one is kept for the thread's next call.
 template <class A>
 class Scratch {
  public:
   explicit Scratch(int64_t size) {
     constexpr int64_t kept = (2 << 20) / sizeof(A);
-    static thread_local std::unique_ptr<A[]> lasting;
+    static thread_local Buffer<A> lasting;
     if (size > kept)
-      own_ = std::make_unique_for_overwrite<A[]>(size);
-    else if (!lasting)
-      lasting = std::make_unique_for_overwrite<A[]>(kept);
-    data_ = own_ ? own_.get() : lasting.get();
+      own_ = Buffer<A>(size);
+    else if (!lasting.size())
+      lasting = Buffer<A>(kept);
+    data_ = size > kept ? own_.data() : lasting.data();
   }
   A* data() const { return data_; }
 
  private:
-  std::unique_ptr<A[]> own_;
+  Buffer<A> own_;
   A* data_;
 };
 
