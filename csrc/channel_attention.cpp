@@ -84,11 +84,20 @@ struct ChannelAttention {
             b2.has_value() ? gradient_like(2 * dlogit.sum(0), *b2) : none};
   }
 
+  static int64_t memory_size(const Tensor& x, const Tensor& w1, const MaybeTensor&, const Tensor&, const MaybeTensor&,
+                             std::string_view, std::string_view) {
+    return memory_size(x, w1);
+  }
+  static int64_t memory_size(const Tensor& x, const Tensor& w1) {
+    const bool fits = w1.dim() >= 2 && w1.size(1) == x.size(1);  // looked at before the inputs are checked
+    return fits ? x.size(0) * (4 * x.size(1) + 3 * w1.size(0)) : 0;
+  }
+
   static void run(const Call& kernel, const Tensor& y, const Tensor& x, const Tensor& w1, const MaybeTensor& b1,
                   const Tensor& w2, const MaybeTensor& b2, std::string_view activation, std::string_view gate) {
     const DenseLayers layers(dtype_of(w2), w1, b1, w2, b2, activation_of(name, activation), gate_of(name, gate));
     kernel(ChannelAttentionArgs{dtype_of(x), x.size(0), x.size(1), x.size(2) * x.size(3), layers.weights,
-                                Walk(x, walk_format(x)).map, y.data_ptr()});
+                                Walk(x, walk_format(x)).map, y.data_ptr(), Memory::keep(x)});
   }
 
   static void run_backward(const Call& kernel, Grads& grads, const Tensor& grad, const Tensor& x, const Tensor& w1,
@@ -100,7 +109,7 @@ struct ChannelAttention {
     const Tensor gradient = grad.contiguous();
     kernel(ChannelAttentionBackwardArgs{dtype_of(x), x.size(0), x.size(1), x.size(2) * x.size(3), layers.weights,
                                         gradient.const_data_ptr(), Walk(x, format).map, Walk(grads[0], format).map,
-                                        out(1), out(2), out(3), out(4)});
+                                        Memory::kept(x, memory_size(x, w1)), out(1), out(2), out(3), out(4)});
   }
 };
 

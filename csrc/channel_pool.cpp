@@ -48,12 +48,14 @@ struct ChannelPool {
     return channel.has_value() ? MaybeTensor(channel->contiguous()) : channel;
   }
 
+  static int64_t memory_size(const Tensor& x, const MaybeTensor&) { return 2 * x.size(0) * x.size(2) * x.size(3); }
+
   static void run(const Call& kernel, const Tensor& y, const Tensor& x, const MaybeTensor& channel) {
     const MaybeTensor gates = dense(channel);
     const auto format = memory_format(x);
     const Walk from(x, format), to(y, format);
     kernel(ChannelPoolArgs{dtype_of(x), x.size(0), x.size(1), x.size(2) * x.size(3), dtype_of(gates.value_or(x)),
-                           data_of(gates), from.map, to.map});
+                           data_of(gates), from.map, to.map, Memory::keep(x)});
   }
   static void run_backward(const Call& kernel, Grads& grads, const Tensor& grad, const Tensor& x,
                            const MaybeTensor& channel) {
@@ -62,6 +64,7 @@ struct ChannelPool {
     const Walk gradient(grad, format), from(x, format), to(grads[0], format);
     kernel(ChannelPoolBackwardArgs{dtype_of(x), x.size(0), x.size(1), x.size(2) * x.size(3),
                                    dtype_of(gates.value_or(x)), data_of(gates), gradient.map, from.map, to.map,
+                                   Memory::kept(x, memory_size(x, channel)),
                                    channel.has_value() ? grads[1].data_ptr() : nullptr});
   }
 };

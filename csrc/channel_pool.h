@@ -11,6 +11,8 @@ struct ChannelPoolArgs {
   const void* channel;  // (N, C), dense; null: ones
   Map x;
   Map y;  // (N, 2, HW): means, maxima; same kind of layout as x
+  // Null, or for what the backward takes: the maxima (N, HW), and how many channels have them (N, HW).
+  void* memory;
 };
 
 // Where several channels share the maximum its gradient is divided among them, as torch.amax does.
@@ -22,11 +24,14 @@ struct ChannelPoolBackwardArgs {
   Map grad;  // (N, 2, HW); same kind of layout as x
   Map x;
   Map grad_x;
+  const void* memory;  // null: to be computed again
   void* grad_channel;  // null where channel is
 };
 
 }  // namespace convblocks
 
+// In the shared objects whose kernels keep a memory and take it: those of the CPU.
+CONVBLOCKS_KERNEL const bool convblocks_channel_pool_remembers;
 CONVBLOCKS_KERNEL const char* convblocks_channel_pool(const convblocks::Context&, const convblocks::ChannelPoolArgs&);
 CONVBLOCKS_KERNEL const char* convblocks_channel_pool_backward(const convblocks::Context&,
                                                                const convblocks::ChannelPoolBackwardArgs&);

@@ -214,12 +214,11 @@ struct GlobalContextOf<std::index_sequence<I...>> {
     return {pointers(dense, data), *dtype, eps, activation_of(name, activation), gate_of(name, gate)};
   }
 
-  static inline KernelSlot remembering{"convblocks_global_context_remembers", false};
   static int64_t memory_size(const Tensor& x, Given<I>... tensors, double, std::string_view, std::string_view) {
-    return remembering.on(x) && x.dim() == 4 ? memory_size(x, std::get<kAttnWeight>(std::tie(tensors...))) : 0;
+    return memory_size(x, std::get<kAttnWeight>(std::tie(tensors...)));
   }
   static int64_t memory_size(const Tensor& x, const MaybeTensor& attn_weight) {
-    return x.numel() ? x.size(0) * (x.size(1) + (attn_weight.has_value() ? x.size(2) * x.size(3) : 0)) : 0;
+    return x.size(0) * (x.size(1) + (attn_weight.has_value() ? x.size(2) * x.size(3) : 0));
   }
 
   static void run(const Call& kernel, const Tensor& y, const Tensor& x, Given<I>... tensors, double eps,

@@ -22,9 +22,7 @@ struct HandingOn<Op, Tensor (*)(const Tensor&, Args...)> {
   struct Derivative {
     static variable_list forward(AutogradContext* ctx, const Tensor& x, Args... args) {
       ctx->set_materialize_grads(false);
-      at::AutoDispatchBelowADInplaceOrView guard;
-      const Tensor y = Plain::call(x, args...);
-      return {Plain::Derivative::forward(ctx, &y, x, args...), x};
+      return {Plain::Derivative::forward(ctx, nullptr, x, args...), x};
     }
     static variable_list backward(AutogradContext* ctx, const variable_list& grad) {
       if (!grad[0].defined()) {

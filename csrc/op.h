@@ -103,6 +103,7 @@ struct Operator<Op, Tensor (*)(Args...), Gradient (*)(BackwardArgs...)> {
   static std::string backward_name() { return std::string(Op::name) + "_backward"; }
   static inline KernelSlot forward_slot{std::string("convblocks_") + Op::name};
   static inline KernelSlot backward_slot{"convblocks_" + (linear ? Op::name : backward_name())};
+  static inline KernelSlot remembering{std::string("convblocks_") + Op::name + "_remembers", false};
 
   template <class Signature>
   static auto handle(const std::string& name) {
@@ -148,12 +149,15 @@ struct Operator<Op, Tensor (*)(Args...), Gradient (*)(BackwardArgs...)> {
   }
   static const Tensor& first(const Args&... args) { return first_map(std::get<0>(std::tie(args...))); }
   static Tensor empty_output(Args... args) { return empty_map(first(args...), output_size(args...)); }
-  // Where a kernel reads every tensor as it lies.
+  // Where a kernel reads every tensor as it lies, and is one that keeps a memory.
   static int64_t memory_size(Args... args) {
-    if constexpr (requires { Op::memory_size(args...); })
-      return (is_plain(args) && ...) ? Op::memory_size(args...) : 0;
-    else
+    if constexpr (requires { Op::memory_size(args...); }) {
+      const Tensor& x = first(args...);
+      const bool remembers = remembering.on(x) && x.dim() == 4 && x.numel() && (is_plain(args) && ...);
+      return remembers ? Op::memory_size(args...) : 0;
+    } else {
       return 0;
+    }
   }
   static Grads empty_grads(BackwardArgs... args) {
     if constexpr (requires { Op::empty_grads(args...); }) return Op::empty_grads(args...);

@@ -54,6 +54,12 @@ def _mlp_macs(sample: Sample) -> int:
     return 2 * sample.x.shape[0] * sum(t.numel() for t in sample.parameters() if t.dim() > 1)
 
 
+def _memory(sample: Sample) -> int:
+    """What is pooled, what the layers make of it, and how many pixels have each maximum; and whether they are there."""
+    (n, c), r = sample.x.shape[:2], sample.args[1].shape[0]
+    return int(n * (4 * c + 3 * r) + 1)
+
+
 INFO = OpInfo(
     name="channel_attention",
     op=ops.channel_attention,
@@ -68,5 +74,6 @@ INFO = OpInfo(
     bad_inputs=_bad_inputs,
     forward_flops=lambda s: 2 * s.x.numel() + 2 * _mlp_macs(s),
     backward_flops=lambda s: 4 * s.x.numel() + 6 * _mlp_macs(s),
+    memory=_memory,
     gpu_traffic=(1.2, 1.75),  # backward: reads the map twice, and writes it once
 )

@@ -51,8 +51,8 @@ void run(const Context& context, const CbamArgs& a, int64_t first, int64_t n, bo
   x.data = row<T>(a.x, first, 0);
   y.data = row<T>(a.y, first, 0);
   const Map pooled{planes, 2 * hw, hw, 1};
-  expect(convblocks_channel_attention(context, {a.dtype, n, c, hw, a.weights, x, channel}));
-  expect(convblocks_channel_pool(context, {a.dtype, n, c, hw, a.dtype, channel, x, pooled}));
+  expect(convblocks_channel_attention(context, {a.dtype, n, c, hw, a.weights, x, channel, nullptr}));
+  expect(convblocks_channel_pool(context, {a.dtype, n, c, hw, a.dtype, channel, x, pooled, nullptr}));
   expect(convblocks_pixel_gates(context, {a.dtype, n, 2, a.h, a.w, a.kernel, pooled, pixels}));
   gate_map<T>(context, {a.dtype, n, c, hw, {a.dtype, channel, pixels, a.residual}, x, y}, far);
 }

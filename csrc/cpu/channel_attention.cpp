@@ -1,5 +1,5 @@
 // Channel attention on the CPU: mean and maximum of each plane from one read, then the small layers, which both go
-// through. The backward pools again, while the sample is in the cache.
+// through. The backward pools again, while the sample is in the cache, unless the forward kept what it needs of that.
 #include "../channel_attention.h"
 
 #include "channel_gate.h"
@@ -165,16 +165,18 @@ void pool_sample(const Team& team, const Map& x, int64_t sample, int64_t c, int6
 
 // --- the layers -------------------------------------------------------------------------------------------------------
 
-// Of each sample: mean and maximum (2 c numbers), what the first layer makes of each (2 r), the sum of both activated,
-// and the logits.
+// Of each sample: mean and maximum (2 c numbers), what the first layer makes of each (2 r), the sum of both activated (r),
+// the logits (c), and how many pixels have the maximum (c).
 template <class A>
 struct Numbers {
-  A *pooled, *hidden, *active, *logits;
-  Numbers(const Context& context, int64_t n, int64_t c, int64_t r) {
-    pooled = static_cast<A*>(context.workspace(context, n * (3 * c + 3 * r) * sizeof(A)));
+  A *pooled, *hidden, *active, *logits, *ties;
+  // In the memory of the operation, if there is one.
+  Numbers(const Context& context, void* memory, int64_t n, int64_t c, int64_t r) {
+    pooled = static_cast<A*>(memory ? memory : context.workspace(context, n * (4 * c + 3 * r) * sizeof(A)));
     hidden = pooled + 2 * n * c;
     active = hidden + 2 * n * r;
     logits = active + n * r;
+    ties = logits + n * c;
   }
   Numbers at(int64_t sample, int64_t c, int64_t r) const {
     Numbers other = *this;
@@ -182,6 +184,7 @@ struct Numbers {
     other.hidden += 2 * sample * r;
     other.active += sample * r;
     other.logits += sample * c;
+    other.ties += sample * c;
     return other;
   }
 };
@@ -208,13 +211,16 @@ void forward(const Context& context, const ChannelAttentionArgs& a) {
   using A = Acc<T>;
   const Layers<A> layers(context, a.weights, a.c);
   const int64_t c = a.c, hw = a.hw, size = pool_size(a.x.pixel == 1, c, hw);
-  const Numbers<A> all(context, a.n, c, layers.r);
+  const Numbers<A> all(context, a.memory, a.n, c, layers.r);
   A* workspace = static_cast<A*>(context.workspace(context, std::max<int64_t>(1, a.n * size) * sizeof(A)));
   for_each_group(context, a.n, kMostInGroup<T>, c * hw, [&](int64_t first, int64_t count, const Team& team) {
     const Numbers<A> own = all.at(first, c, layers.r);
     for (int64_t s = 0; s < count; s++) {
-      A* mean = own.pooled + 2 * s * c;
-      pool_sample<T, false>(team, a.x, first + s, c, hw, workspace + (first + s) * size, mean, mean + c, nullptr);
+      A *const mean = own.pooled + 2 * s * c, *const partial = workspace + (first + s) * size;
+      if (a.memory)
+        pool_sample<T, true>(team, a.x, first + s, c, hw, partial, mean, mean + c, own.ties + s * c);
+      else
+        pool_sample<T, false>(team, a.x, first + s, c, hw, partial, mean, mean + c, nullptr);
     }
     run_layers(layers, count, own);
     for_lanes<T>(count * c,
@@ -268,60 +274,66 @@ template <class T, bool kOnto>
 void backward(const Context& context, const ChannelAttentionBackwardArgs& a) {
   using A = Acc<T>;
   const Layers<A> layers(context, a.weights, a.c);
-  const int64_t n = a.n, c = a.c, hw = a.hw, r = layers.r, size = 3 * c + pool_size(a.x.pixel == 1, c, hw);
-  const Numbers<A> all(context, n, c, r);
-  A* workspace = static_cast<A*>(context.workspace(context, n * size * sizeof(A)));
+  const int64_t n = a.n, c = a.c, hw = a.hw, r = layers.r;
+  const int64_t size = 2 * c + (a.memory ? 0 : pool_size(a.x.pixel == 1, c, hw));
+  const Numbers<A> all(context, const_cast<void*>(a.memory), n, c, r);
+  A* workspace = static_cast<A*>(context.workspace(context, n * (size + c + 2 * r) * sizeof(A)));
+  A *const grad_logits = workspace + n * size, *const grad_hidden = grad_logits + n * c;
   const bool far = !kOnto && exceeds_caches(n * c * hw * sizeof(T));
   for_each_group(
       context, n, group_size<T>(2 * c * hw, 2 * c * r), 2 * c * hw,
       [&](int64_t first, int64_t count, const Team& team) {
         const Numbers<A> own = all.at(first, c, r);
         const auto space = [=](int64_t s) { return workspace + (first + s) * size; };
-        for (int64_t s = 0; s < count; s++) {
-          A *mean = own.pooled + 2 * s * c, *ties = space(s);
-          pool_sample<T, true>(team, a.x, first + s, c, hw, ties + 3 * c, mean, mean + c, ties);
+        if (!a.memory) {
+          for (int64_t s = 0; s < count; s++) {
+            A* const mean = own.pooled + 2 * s * c;
+            pool_sample<T, true>(team, a.x, first + s, c, hw, space(s) + 2 * c, mean, mean + c, own.ties + s * c);
+          }
+          run_layers(layers, count, own);
         }
-        run_layers(layers, count, own);
         const T* grad = static_cast<const T*>(a.grad) + first * c;
+        A *const by_logit = grad_logits + first * c, *const by_hidden = grad_hidden + 2 * first * r;
         for_lanes<T>(count * c, [=, gate = layers.gate](int64_t i, auto lanes) CONVBLOCKS_LOOP {
           const Vec<A> logit = load(own.logits + i, lanes);
-          store(own.logits + i, gate_backward(load(grad + i, lanes), logit, apply_gate(logit, gate), gate), lanes);
+          store(by_logit + i, gate_backward(load(grad + i, lanes), logit, apply_gate(logit, gate), gate), lanes);
         });
         by_groups(count, [&]<int G>(int64_t s, std::integral_constant<int, G>) {
-          A* const hidden = own.hidden + 2 * s * r;
           sum_rows<G, A>(
-              c, r, layers.w2, [=, logits = own.logits + s * c](int64_t i, int g) { return logits[g * c + i]; },
+              c, r, layers.w2, [=, logits = by_logit + s * c](int64_t i, int g) { return logits[g * c + i]; },
               [=, kind = layers.activation](int g, int64_t j, auto lanes, Vec<A> sum) {
-                for (A* at : {hidden + 2 * g * r + j, hidden + (2 * g + 1) * r + j})
-                  store(at, activation_backward(sum, load(at, lanes), kind), lanes);
+                for (const int64_t at : {2 * (s + g) * r + j, (2 * (s + g) + 1) * r + j})
+                  store(by_hidden + at, activation_backward(sum, load(own.hidden + at, lanes), kind), lanes);
               });
         });
         by_groups(2 * count, [&]<int G>(int64_t row, std::integral_constant<int, G>) {  // for means and maxima in turn
           sum_rows<G, A>(
-              r, c, layers.w1, [=, hidden = own.hidden + row * r](int64_t i, int g) { return hidden[g * r + i]; },
+              r, c, layers.w1, [=, hidden = by_hidden + row * r](int64_t i, int g) { return hidden[g * r + i]; },
               [=](int g, int64_t j, auto lanes, Vec<A> sum) {
-                store(space((row + g) / 2) + (1 + (row + g) % 2) * c + j, sum, lanes);
+                store(space((row + g) / 2) + (row + g) % 2 * c + j, sum, lanes);
               });
         });
         for (int64_t s = 0; s < count; s++) {
-          A* const by_mean = space(s) + c;
-          write_gradient<T, kOnto>(team, a, first + s, by_mean, by_mean + c, own.pooled + (2 * s + 1) * c, space(s),
-                                   far);
+          A* const by_mean = space(s);
+          write_gradient<T, kOnto>(team, a, first + s, by_mean, by_mean + c, own.pooled + (2 * s + 1) * c,
+                                   own.ties + s * c, far);
         }
       });
   const auto to = [&](void* data, int64_t count) { return Narrowed<A>(context, data, a.weights.dtype, count); };
-  sum_of_products(context, n, c, r, all.logits, all.active, to(a.grad_w2, c * r), nullptr);
-  sum_of_products(context, 2 * n, r, c, all.hidden, all.pooled, to(a.grad_w1, r * c), to(a.grad_b1, r));
+  sum_of_products(context, n, c, r, grad_logits, all.active, to(a.grad_w2, c * r), nullptr);
+  sum_of_products(context, 2 * n, r, c, grad_hidden, all.pooled, to(a.grad_w1, r * c), to(a.grad_b1, r));
   const auto grad_b2 = to(a.grad_b2, c);
   for (int64_t i = 0; a.grad_b2 && i < c; i++) {
     A sum = 0;
-    for (int64_t s = 0; s < n; s++) sum += all.logits[s * c + i];
+    for (int64_t s = 0; s < n; s++) sum += grad_logits[s * c + i];
     grad_b2[i] = 2 * sum;  // once for each way to pool
   }
 }
 
 }  // namespace
 }  // namespace convblocks::cpu
+
+const bool convblocks_channel_attention_remembers = true;
 
 const char* convblocks_channel_attention(const convblocks::Context& context,
                                          const convblocks::ChannelAttentionArgs& args) {

@@ -20,35 +20,10 @@ CONVBLOCKS_LOOP inline V count_of(V values, V most) {
 
 // --- a tile of planes -------------------------------------------------------------------------------------------------
 
-// Of each pixel, over the tile's channels.
-template <class T>
-void sum_planes(const Map& x, int64_t sample, const Acc<T>* gates, const Tile& t, Acc<T>* sum, Acc<T>* max) {
-  using A = Acc<T>;
-  by_four(t.channels, [&]<int G>(int64_t first, std::integral_constant<int, G>) {
-    const T* plane[G];
-    A gate[G];
-    for (int g = 0; g < G; g++) {
-      const int64_t i = t.first_channel + first + g;
-      plane[g] = row<T>(x, sample, i, t.first_pixel);
-      gate[g] = gates ? gates[i] : A(1);
-    }
-    for_lanes<T>(t.pixels, [&](int64_t p, auto lanes) CONVBLOCKS_LOOP {
-      Vec<A> total{}, most = first ? load(max + p, lanes) : splat<Vec<A>>(kLowest<A>);
-#pragma GCC unroll 4
-      for (int g = 0; g < G; g++) {
-        const Vec<A> v = load(plane[g] + p, lanes) * gate[g];
-        total += v;
-        most = max_or_nan(most, v);
-      }
-      store(sum + p, first ? load(sum + p, lanes) + total : total, lanes);
-      store(max + p, most, lanes);
-    });
-  });
-}
-
-// The maximum of each pixel, and how many of the tile's channels have it.
-template <class T>
-void count_planes(const Map& x, int64_t sample, const Acc<T>* gates, const Tile& t, Acc<T>* max, Acc<T>* ties) {
+// Of each pixel, over the tile's channels: the sum, the maximum, and how many have it; `sum` or `ties` may not be asked for.
+template <class T, bool kSum, bool kTies>
+void pool_planes(const Map& x, int64_t sample, const Acc<T>* gates, const Tile& t, Acc<T>* sum, Acc<T>* max,
+                 Acc<T>* ties) {
   using A = Acc<T>;
   by_four(t.channels, [&]<int G>(int64_t first, std::integral_constant<int, G>) {
     const int64_t i = t.first_channel + first;
@@ -58,20 +33,35 @@ void count_planes(const Map& x, int64_t sample, const Acc<T>* gates, const Tile&
     for_lanes<T>(t.pixels, [=](int64_t p, auto lanes) CONVBLOCKS_LOOP {
       const Vec<A> before = first ? load(max + p, lanes) : splat<Vec<A>>(kLowest<A>);
       std::array<Vec<A>, G> v;
-      Vec<A> most = before;
+      Vec<A> most = before, total{};
 #pragma GCC unroll 4
       for (int g = 0; g < G; g++) {
         v[g] = load(plane + g * x.channel + p, lanes) * gate[g];
+        if constexpr (kSum) total += v[g];
         most = max_or_nan(most, v[g]);
       }
-      Vec<A> tied = first ? load(ties + p, lanes) : Vec<A>{};
-      tied = most > before ? Vec<A>{} : tied;
-#pragma GCC unroll 4
-      for (int g = 0; g < G; g++) tied += count_of(v[g], most);
-      store(ties + p, tied, lanes);
+      if constexpr (kSum) store(sum + p, first ? load(sum + p, lanes) + total : total, lanes);
       store(max + p, most, lanes);
+      if constexpr (kTies) {
+        Vec<A> tied = first ? load(ties + p, lanes) : Vec<A>{};
+        tied = most > before ? Vec<A>{} : tied;
+#pragma GCC unroll 4
+        for (int g = 0; g < G; g++) tied += count_of(v[g], most);
+        store(ties + p, tied, lanes);
+      }
     });
   });
+}
+
+// Of pixels [i, i + lanes), from the maxima of all chunks of channels and how many have each.
+template <class A, class L>
+CONVBLOCKS_LOOP inline std::pair<Vec<A>, Vec<A>> merge(const A* max, const A* ties, int64_t chunks, int64_t hw,
+                                                       int64_t i, L lanes) {
+  Vec<A> most = splat<Vec<A>>(kLowest<A>), tied{};
+  for (int64_t at = i; at < chunks * hw; at += hw) most = max_or_nan(most, load(max + at, lanes));
+  for (int64_t at = i; ties && at < chunks * hw; at += hw)
+    tied += load(max + at, lanes) == most ? load(ties + at, lanes) : Vec<A>{};
+  return {most, tied};
 }
 
 // --- pixels of channels_last ------------------------------------------------------------------------------------------
@@ -172,30 +162,46 @@ void forward(const Context& context, const ChannelPoolArgs& a) {
   const int64_t c = a.c, hw = a.hw;
   const A* all_gates = widened<A>(context, a.channel, a.gate_dtype, a.n * c);
   const Tiles tiles(c, hw, a.x.pixel == 1);
-  const int64_t size = 2 * tiles.chunks * hw;
+  const int64_t size = 3 * tiles.chunks * hw;
   A* workspace = static_cast<A*>(context.workspace(context, a.n * size * sizeof(A)));
+  A* const memory = static_cast<A*>(a.memory);
   for_each_sample(context, a.n, c * hw, [&](int64_t sample, const Team& team) {
-    A *sum = workspace + sample * size, *max = sum + tiles.chunks * hw;
+    A *sum = workspace + sample * size, *max = sum + tiles.chunks * hw,
+      *ties = memory ? max + tiles.chunks * hw : nullptr;
     const A* gates = all_gates ? all_gates + sample * c : nullptr;
     tiles.each(team, [=, &a](const Tile& t) {
       const int64_t at = t.chunk * hw + t.first_pixel;
-      if (a.x.pixel == 1) return sum_planes<T>(a.x, sample, gates, t, sum + at, max + at);
+      if (a.x.pixel == 1) {
+        if (ties)
+          pool_planes<T, true, true>(a.x, sample, gates, t, sum + at, max + at, ties + at);
+        else
+          pool_planes<T, true, false>(a.x, sample, gates, t, sum + at, max + at, nullptr);
+        return;
+      }
       each_pixels<T>(a.x, sample, gates, t, [=](int64_t p, const Pixels<T>& pixels) {
         const auto pooled = pixels.pool();
         store(sum + p, pooled.sum, pixels.count);
         store(max + p, pooled.max, pixels.count);
+        if (ties) store(ties + p, pixels.ties(pooled.max), pixels.count);
       });
     });
     T *means = row<T>(a.y, sample, 0), *maxima = row<T>(a.y, sample, 1);
-    for (int64_t p = 0; p < hw; p++) {
-      A total = 0, most = kLowest<A>;
-      for (int64_t at = p; at < tiles.chunks * hw; at += hw) {
-        total += sum[at];
-        most = max[at] > most || max[at] != max[at] ? max[at] : most;
+    A *const kept_max = memory ? memory + sample * hw : nullptr, *const kept_ties =
+                                                                     memory ? kept_max + a.n * hw : nullptr;
+    for_lanes<A>(hw, [=, chunks = tiles.chunks, step = a.y.pixel](int64_t i, auto lanes) {
+      const auto [most, tied] = merge<A>(max, ties, chunks, hw, i, lanes);
+      Vec<A> total{};
+      for (int64_t at = i; at < chunks * hw; at += hw) total += load(sum + at, lanes);
+      const Vec<A> mean = total / A(c);
+      const int64_t count = std::min<int64_t>(kLanes<A>, hw - i);
+      for (int64_t l = 0; l < count; l++) {
+        means[(i + l) * step] = static_cast<T>(mean[l]);
+        maxima[(i + l) * step] = static_cast<T>(most[l]);
       }
-      means[p * a.y.pixel] = static_cast<T>(total / A(c));
-      maxima[p * a.y.pixel] = static_cast<T>(most);
-    }
+      if (!ties) return;
+      store(kept_max + i, most, lanes);
+      store(kept_ties + i, tied, lanes);
+    });
   });
 }
 
@@ -228,6 +234,7 @@ void backward(const Context& context, const ChannelPoolBackwardArgs& a) {
   const int64_t size = (2 * tiles.chunks + 3) * hw + tiles.blocks * c;
   A* workspace = static_cast<A*>(context.workspace(context, a.n * size * sizeof(A)));
   const Narrowed<A> grad_channel(context, a.grad_channel, a.gate_dtype, a.n * c);
+  const A* const memory = static_cast<const A*>(a.memory);
   for_each_sample(context, a.n, 2 * c * hw, [&](int64_t sample, const Team& team) {
     A *max = workspace + sample * size, *ties = max + tiles.chunks * hw, *next = ties + tiles.chunks * hw;
     const PixelGradients<A> pixels{next, next + hw, next + 2 * hw};
@@ -238,18 +245,18 @@ void backward(const Context& context, const ChannelPoolBackwardArgs& a) {
       const int64_t at = p * a.grad.pixel;
       pixels.set(p, most, tied, static_cast<A>(grad_mean[at]) / A(c), static_cast<A>(grad_max[at]));
     };
-    if (planes) {
+    if (memory) {
+      for (int64_t p = 0, at = sample * hw; p < hw; p++, at++) set(p, memory[at], memory[a.n * hw + at]);
+    } else if (planes) {
       tiles.each(team, [=, &a](const Tile& t) {
         const int64_t at = t.chunk * hw + t.first_pixel;
-        count_planes<T>(a.x, sample, gates, t, max + at, ties + at);
+        pool_planes<T, false, true>(a.x, sample, gates, t, nullptr, max + at, ties + at);
       });
-      for (int64_t p = 0; p < hw; p++) {
-        A most = kLowest<A>, tied = 0;
-        for (int64_t at = p; at < tiles.chunks * hw; at += hw)
-          most = max[at] > most || max[at] != max[at] ? max[at] : most;
-        for (int64_t at = p; at < tiles.chunks * hw; at += hw) tied += max[at] == most ? ties[at] : A(0);
-        set(p, most, tied);
-      }
+      for_lanes<A>(hw, [=, chunks = tiles.chunks](int64_t i, auto lanes) {
+        const auto [most, tied] = merge<A>(max, ties, chunks, hw, i, lanes);
+        const int64_t count = std::min<int64_t>(kLanes<A>, hw - i);
+        for (int64_t l = 0; l < count; l++) set(i + l, most[l], tied[l]);
+      });
     }
     tiles.each(team, [=, &a](const Tile& t) {
       A* sums = by_channel + t.block * c + t.first_channel;
@@ -279,8 +286,10 @@ void backward(const Context& context, const ChannelPoolBackwardArgs& a) {
       }
       std::fill_n(sums, c, A(0));
       each_pixels<T>(a.x, sample, gates, t, [=, &a](int64_t first, const Pixels<T>& some) {
-        const Vec<A> most = some.pool().max, tied = some.ties(most);
-        for (int l = 0; l < some.count; l++) set(first + l, most[l], tied[l]);
+        if (!memory) {
+          const Vec<A> most = some.pool().max, tied = some.ties(most);
+          for (int l = 0; l < some.count; l++) set(first + l, most[l], tied[l]);
+        }
         some.each_group([&, sums]<int G>(int64_t l, std::integral_constant<int, G>, auto gate) CONVBLOCKS_LOOP {
           const int64_t p = first + l;
           const T* const x = some.x + l * some.stride;
@@ -312,6 +321,8 @@ void backward(const Context& context, const ChannelPoolBackwardArgs& a) {
 
 }  // namespace
 }  // namespace convblocks::cpu
+
+const bool convblocks_channel_pool_remembers = true;
 
 const char* convblocks_channel_pool(const convblocks::Context& context, const convblocks::ChannelPoolArgs& args) {
   return convblocks::cpu::dispatch(args.dtype, [&]<class T>(T) { convblocks::cpu::forward<T>(context, args); });
