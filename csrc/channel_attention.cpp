@@ -97,7 +97,7 @@ struct ChannelAttention {
                   const Tensor& w2, const MaybeTensor& b2, std::string_view activation, std::string_view gate) {
     const DenseLayers layers(dtype_of(w2), w1, b1, w2, b2, activation_of(name, activation), gate_of(name, gate));
     kernel(ChannelAttentionArgs{dtype_of(x), x.size(0), x.size(1), x.size(2) * x.size(3), layers.weights,
-                                Walk(x, walk_format(x)).map, y.data_ptr(), Memory::keep(x)});
+                                Walk(x, walk_format(x)).map, y.data_ptr(), Memory::keep(x, memory_size(x, w1))});
   }
 
   static void run_backward(const Call& kernel, Grads& grads, const Tensor& grad, const Tensor& x, const Tensor& w1,

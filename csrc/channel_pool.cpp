@@ -55,7 +55,7 @@ struct ChannelPool {
     const auto format = memory_format(x);
     const Walk from(x, format), to(y, format);
     kernel(ChannelPoolArgs{dtype_of(x), x.size(0), x.size(1), x.size(2) * x.size(3), dtype_of(gates.value_or(x)),
-                           data_of(gates), from.map, to.map, Memory::keep(x)});
+                           data_of(gates), from.map, to.map, Memory::keep(x, memory_size(x, channel))});
   }
   static void run_backward(const Call& kernel, Grads& grads, const Tensor& grad, const Tensor& x,
                            const MaybeTensor& channel) {

@@ -227,7 +227,7 @@ struct GlobalContextOf<std::index_sequence<I...>> {
     const auto w = weights(dense, eps, activation, gate);
     const auto format = walk_format(x);
     kernel(GlobalContextArgs{dtype_of(x), x.size(0), x.size(1), x.size(2) * x.size(3), w, Walk(x, format).map,
-                             Walk(y, format).map, Memory::keep(x)});
+                             Walk(y, format).map, Memory::keep(x, memory_size(x, dense[kAttnWeight]))});
   }
 
   static void run_backward(const Call& kernel, Grads& grads, const Tensor& grad, const Tensor& x, Given<I>... tensors,

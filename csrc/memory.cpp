@@ -18,28 +18,37 @@ static auto with_mark(const Tensor& kept, F f) {
                                            : f(static_cast<float*>(kept.data_ptr())[last]);
 }
 
-Memory::Memory(const Tensor& x, Tensor kept) : x_(x), kept_(std::move(kept)), outer_(innermost) {
+Memory::Memory(const Tensor& x, Tensor kept, Opened opened)
+    : x_(x), kept_(std::move(kept)), opened_(opened), outer_(innermost) {
   const bool open = kept_.defined() && !c10::impl::TorchDispatchModeTLS::any_modes_set();
   innermost = open ? this : nullptr;
 }
 
+Memory::Memory(const Tensor& x, Tensor kept) : Memory(x, std::move(kept), Opened::by_backward) {}
+
 Memory::Memory(const Tensor& x, int64_t size)
-    : Memory(x, size ? Tensor(at::detail::empty_cpu({size + 1}, precision(x))) : Tensor()) {
+    : Memory(x, size ? Tensor(at::detail::empty_cpu({size + 1}, precision(x))) : Tensor(), Opened::by_forward) {
   if (size) with_mark(kept_, [](auto& mark) { mark = 0; });
 }
 
 Memory::~Memory() { innermost = outer_; }
 
-void* Memory::keep(const Tensor& x) {
-  if (!innermost || !innermost->x_.is_same(x)) return nullptr;
-  const Tensor& kept = innermost->kept_;
-  with_mark(kept, [](auto& mark) { mark = 1; });
-  return kept.data_ptr();
+// Who stands in for a kernel may call another operation with its map.
+Memory* Memory::of(const Tensor& x, Opened opened) {
+  return innermost && innermost->opened_ == opened && innermost->x_.is_same(x) ? innermost : nullptr;
+}
+
+void* Memory::keep(const Tensor& x, int64_t size) {
+  Memory* const memory = of(x, Opened::by_forward);
+  if (!memory || memory->kept_.numel() != size + 1) return nullptr;
+  with_mark(memory->kept_, [](auto& mark) { mark = 1; });
+  return memory->kept_.data_ptr();
 }
 
 const void* Memory::kept(const Tensor& x, int64_t size) {
-  if (!innermost || !innermost->x_.is_same(x)) return nullptr;
-  const Tensor& kept = innermost->kept_;  // hooks may have put anything in its place
+  const Memory* const memory = of(x, Opened::by_backward);
+  if (!memory) return nullptr;
+  const Tensor& kept = memory->kept_;  // hooks may have put anything in its place
   const bool as_it_was =
       kept.numel() == size + 1 && kept.scalar_type() == precision(x) && kept.is_cpu() && kept.is_contiguous();
   return as_it_was && with_mark(kept, [](auto& mark) { return mark == 1; }) ? kept.const_data_ptr() : nullptr;

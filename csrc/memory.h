@@ -19,12 +19,17 @@ class Memory {
   const Tensor& kept() const { return kept_; }
 
   // Where the kernel of a call with the map x writes the numbers, or null; where that of the backward finds them, or null.
-  static void* keep(const Tensor& x);
+  static void* keep(const Tensor& x, int64_t size);
   static const void* kept(const Tensor& x, int64_t size);
 
  private:
+  enum class Opened { by_forward, by_backward };
+  Memory(const Tensor& x, Tensor kept, Opened opened);
+  static Memory* of(const Tensor& x, Opened opened);
+
   const Tensor& x_;
   Tensor kept_;
+  const Opened opened_;
   Memory* const outer_;
 };
 

@@ -21,7 +21,8 @@
 //     static std::vector<c10::SymInt> output_size(const Tensor& x, double e_lambda);         // else that of x
 //     static constexpr bool autocasts = true;                         // computes, as convolutions do, in autocast's dtype
 //     static Grads empty_grads(const Tensor& grad, ...);                  // of maps among the other arguments, or in a list
-//     static int64_t memory_size(const Tensor& x, double e_lambda);       // of the Memory that run keeps and run_backward takes
+//     static int64_t memory_size(const Tensor& x, double e_lambda);       // of the Memory that run keeps and run_backward takes;
+//                                                                         // x has four dimensions, nothing else is checked
 #pragma once
 #include <ATen/TensorOperators.h>
 #include <ATen/core/Tensor.h>
@@ -149,11 +150,11 @@ struct Operator<Op, Tensor (*)(Args...), Gradient (*)(BackwardArgs...)> {
   }
   static const Tensor& first(const Args&... args) { return first_map(std::get<0>(std::tie(args...))); }
   static Tensor empty_output(Args... args) { return empty_map(first(args...), output_size(args...)); }
-  // Where a kernel reads every tensor as it lies, and is one that keeps a memory.
+  // Where a kernel reads every tensor as it lies, and is one that keeps a memory. The sizes of fakes are not looked at.
   static int64_t memory_size(Args... args) {
     if constexpr (requires { Op::memory_size(args...); }) {
       const Tensor& x = first(args...);
-      const bool remembers = remembering.on(x) && x.dim() == 4 && x.numel() && (is_plain(args) && ...);
+      const bool remembers = remembering.on(x) && (is_plain(args) && ...) && x.dim() == 4 && x.numel();
       return remembers ? Op::memory_size(args...) : 0;
     } else {
       return 0;

@@ -162,9 +162,9 @@ void forward(const Context& context, const ChannelPoolArgs& a) {
   const int64_t c = a.c, hw = a.hw;
   const A* all_gates = widened<A>(context, a.channel, a.gate_dtype, a.n * c);
   const Tiles tiles(c, hw, a.x.pixel == 1);
-  const int64_t size = 3 * tiles.chunks * hw;
-  A* workspace = static_cast<A*>(context.workspace(context, a.n * size * sizeof(A)));
   A* const memory = static_cast<A*>(a.memory);
+  const int64_t size = (memory ? 3 : 2) * tiles.chunks * hw;
+  A* workspace = static_cast<A*>(context.workspace(context, a.n * size * sizeof(A)));
   for_each_sample(context, a.n, c * hw, [&](int64_t sample, const Team& team) {
     A *sum = workspace + sample * size, *max = sum + tiles.chunks * hw,
       *ties = memory ? max + tiles.chunks * hw : nullptr;
@@ -186,8 +186,8 @@ void forward(const Context& context, const ChannelPoolArgs& a) {
       });
     });
     T *means = row<T>(a.y, sample, 0), *maxima = row<T>(a.y, sample, 1);
-    A *const kept_max = memory ? memory + sample * hw : nullptr, *const kept_ties =
-                                                                     memory ? kept_max + a.n * hw : nullptr;
+    A* const kept_max = memory ? memory + sample * hw : nullptr;
+    A* const kept_ties = memory ? kept_max + a.n * hw : nullptr;
     for_lanes<A>(hw, [=, chunks = tiles.chunks, step = a.y.pixel](int64_t i, auto lanes) {
       const auto [most, tied] = merge<A>(max, ties, chunks, hw, i, lanes);
       Vec<A> total{};
@@ -231,12 +231,12 @@ void backward(const Context& context, const ChannelPoolBackwardArgs& a) {
   const A* all_gates = widened<A>(context, a.channel, a.gate_dtype, a.n * c);
   const bool planes = a.x.pixel == 1;
   const Tiles tiles(c, hw, planes);
-  const int64_t size = (2 * tiles.chunks + 3) * hw + tiles.blocks * c;
+  const A* const memory = static_cast<const A*>(a.memory);
+  const int64_t pooled = memory ? 0 : tiles.chunks * hw, size = 2 * pooled + 3 * hw + tiles.blocks * c;
   A* workspace = static_cast<A*>(context.workspace(context, a.n * size * sizeof(A)));
   const Narrowed<A> grad_channel(context, a.grad_channel, a.gate_dtype, a.n * c);
-  const A* const memory = static_cast<const A*>(a.memory);
   for_each_sample(context, a.n, 2 * c * hw, [&](int64_t sample, const Team& team) {
-    A *max = workspace + sample * size, *ties = max + tiles.chunks * hw, *next = ties + tiles.chunks * hw;
+    A *max = workspace + sample * size, *ties = max + pooled, *next = ties + pooled;
     const PixelGradients<A> pixels{next, next + hw, next + 2 * hw};
     A* by_channel = next + 3 * hw;
     const A* gates = all_gates ? all_gates + sample * c : nullptr;
@@ -246,7 +246,10 @@ void backward(const Context& context, const ChannelPoolBackwardArgs& a) {
       pixels.set(p, most, tied, static_cast<A>(grad_mean[at]) / A(c), static_cast<A>(grad_max[at]));
     };
     if (memory) {
-      for (int64_t p = 0, at = sample * hw; p < hw; p++, at++) set(p, memory[at], memory[a.n * hw + at]);
+      const A *const kept_max = memory + sample * hw, *const kept_ties = kept_max + a.n * hw;
+      team.split(hw, 8, [=](int64_t begin, int64_t end) {
+        for (int64_t p = begin; p < end; p++) set(p, kept_max[p], kept_ties[p]);
+      });
     } else if (planes) {
       tiles.each(team, [=, &a](const Tile& t) {
         const int64_t at = t.chunk * hw + t.first_pixel;

@@ -1,7 +1,8 @@
 // Dense convolution on the CPU: a product of matrices whose rows are pixels and whose columns are output channels. Weights
 // are laid out anew at each call, a few panels of columns at a time, so that a panel is used while it is in the second
 // cache; the scale is multiplied into it on the way. In channels_last the input is read where it is, or of few channels
-// from a padded copy of a few lines; planes are exchanged with channels in that copy, and in one of the output.
+// from a padded copy of a few lines. Planes are exchanged with channels in that copy, or of many channels in one without
+// padding, and in one of the output.
 #pragma once
 #include <algorithm>
 #include <vector>
@@ -25,28 +26,25 @@ class Convolution {
   // Of vectors [from, to) of output channels.
   Convolution(const DenseConv2dArgs& args, int64_t from, int64_t to) : a(args), from_(from), to_(to), input_(args) {
     // Of few channels, the taps of a row are one run of memory, in a padded copy: it costs less to begin few runs.
-    exchanges_ = a.planes && a.x.channel != 1;
+    exchanges_ = input_.exchanges();
     gathers_ = a.kernel_w > 1 && a.c < 64 && a.dilation_w == 1 && !skips();
     runs_ = gathers_ ? a.kernel_h : a.kernel_h * a.kernel_w;
     length_ = gathers_ ? a.kernel_w * a.c : a.c;
     width_ = (a.out_w - 1) * a.stride_w + a.kernel_w;
     const bool copies = gathers_ || exchanges_;
-    const int64_t bytes = a.c * sizeof(A) * (copies ? a.stride_h * a.stride_w : 1),
-                  groups = kPixelBytes / bytes / kGroup;
+    const int64_t right = std::min(a.stride_w, a.w), met = copies ? std::min(a.stride_h, a.h) * right : 1;
+    const int64_t bytes = a.c * met * int64_t(sizeof(A)), groups = kPixelBytes / bytes / kGroup;
     block_ = std::clamp<int64_t>(groups, gathers_ ? 2 : 8, copies ? 64 : 16) * kGroup;
-    columns_ =
+    column_edges_ =
         gathers_ ? std::vector<int64_t>{0, a.out_w} : edges(a.kernel_w, a.dilation_w, a.stride_w, a.left, a.w, a.out_w);
-    rows_ =
+    row_edges_ =
         gathers_ ? std::vector<int64_t>{0, a.out_h} : edges(a.kernel_h, a.dilation_h, a.stride_h, a.top, a.h, a.out_h);
-    ahead_ = copies ? 0 : kGroup * a.stride_w * a.x.pixel;
+    ahead_ = copies ? 0 : kGroup * right * a.x.pixel;
     const bool fits =
         all_vectors(a) <= kLineVectors && terms() <= kTerms && a.out_w > 4;  // shorter lines would take longer
     by_lines_ = gathers_ && a.kernel_w == 3 && a.stride_w == 1 && fits;
     if (by_lines_) block_ = std::max<int64_t>(1, block_ / a.out_w) * a.out_w;
   }
-
-  // Whether there is input that no tap meets, which a copy of lines need not have.
-  bool skips() const { return a.stride_h > a.kernel_h * a.dilation_h || a.stride_w > a.kernel_w; }
 
   static int64_t all_vectors(const DenseConv2dArgs& args) { return (args.out_c + L - 1) / L; }
   // The output channels are cut into panels of kPanel vectors. No panel has a single one, if that is not all: of panels
@@ -142,6 +140,9 @@ class Convolution {
   }
 
  private:
+  // Whether there is input that no tap meets, which a copy with padding would have for nothing.
+  bool skips() const { return a.stride_h > a.kernel_h * a.dilation_h || a.stride_w > a.kernel_w; }
+
   int64_t row_size() const { return all_vectors(a) * L; }  // of a pixel of the output where planes are asked for
 
   // Rows or columns of the output, between which the same taps meet the input; unless those of a block between two do not
@@ -185,7 +186,8 @@ class Convolution {
     if (gathers_) copy_ = input_.padded(width_, sample, line, last);
     if (!gathers_ && exchanges_) copy_ = input_.exchanged(sample, line, last);
     if (by_lines_) return each_pixel(at, stop, [](const A*, int64_t, int64_t, int64_t) {});
-    const int64_t step = exchanges_ ? a.c : a.x.pixel;
+    const int64_t step = exchanges_ ? a.c : a.x.pixel,
+                  top = exchanges_ ? input_.first_exchanged(line) : 0;  // the line that the map begins with
     if (gathers_) {
       each_pixel(at, stop, [=, this](const A* map, int64_t h, int64_t w, int64_t p) {
         const A** const to = runs_of(p);
@@ -194,7 +196,7 @@ class Convolution {
       });
     } else if (a.kernel_h * a.kernel_w == 1 && a.top == 0 && a.left == 0) {
       each_pixel(at, stop, [=, this](const A* map, int64_t h, int64_t w, int64_t p) {
-        *runs_of(p) = map + (h * a.stride_h * a.w + w * a.stride_w) * step;
+        *runs_of(p) = map + ((h * a.stride_h - top) * a.w + w * a.stride_w) * step;
       });
     } else {
       each_pixel(at, stop, [=, this](const A* map, int64_t line, int64_t column, int64_t p) {
@@ -204,7 +206,7 @@ class Convolution {
           for (int64_t j = 0; j < a.kernel_w; j++, to += kGroup) {
             const int64_t w = column * a.stride_w - a.left + j * a.dilation_w;
             const bool inside = h >= 0 && h < a.h && w >= 0 && w < a.w;
-            *to = inside ? map + (h * a.w + w) * step : zeros_.data();
+            *to = inside ? map + ((h - top) * a.w + w) * step : zeros_.data();
           }
         }
       });
@@ -220,20 +222,19 @@ class Convolution {
   template <class F>
   void each_pixel(int64_t at, int64_t stop, F f) {
     int64_t p = 0;
-    for (size_t i = 0; i + 1 < rows_.size(); i++) {
-      for (size_t j = 0; j + 1 < columns_.size(); j++) {
+    for (size_t i = 0; i + 1 < row_edges_.size(); i++) {
+      for (size_t j = 0; j + 1 < column_edges_.size(); j++) {
         for (int64_t line = at / a.out_w; line * a.out_w < stop; line++) {
           const int64_t sample = line / a.out_h, h = line % a.out_h, first = line * a.out_w - at;
-          if (h < rows_[i] || h >= rows_[i + 1]) continue;
-          const int64_t begin = std::max(columns_[j], -first), end = std::min(columns_[j + 1], stop - at - first);
+          if (h < row_edges_[i] || h >= row_edges_[i + 1]) continue;
+          const int64_t begin = std::max(column_edges_[j], -first),
+                        end = std::min(column_edges_[j + 1], stop - at - first);
           const A* const map = gathers_ || exchanges_ ? copy_ : row<const A>(a.x, sample, 0);
           for (int64_t w = begin; w < end; w++, p++) {
-            A* const exchanged = exchanged_.data() + (first + w) * row_size();
             const int64_t pixel = h * a.out_w + w;
-            outputs_[p].y = a.planes ? exchanged : row<A>(a.y, sample, 0, pixel);
-            outputs_[p].residual = !a.residual.data ? nullptr
-                                   : a.planes       ? exchanged
-                                                    : row<const A>(a.residual, sample, 0, pixel);
+            A* const y = a.planes ? exchanged_.data() + (first + w) * row_size() : row<A>(a.y, sample, 0, pixel);
+            const A* const beside = a.planes || !a.residual.data ? y : row<const A>(a.residual, sample, 0, pixel);
+            outputs_[p] = {y, a.residual.data ? beside : nullptr};
             f(map, h, w, p);
           }
         }
@@ -344,7 +345,7 @@ class Convolution {
         }
       }
     }
-    A* const sums = sums_.data() + pixel * kMost * L;
+    A* const sums = terms > kTogether ? sums_.data() + pixel * kMost * L : nullptr;
     if (term > 0) {
 #pragma GCC unroll 24
       for (int r = 0; r < R; r++) {
@@ -365,15 +366,15 @@ class Convolution {
 
   const DenseConv2dArgs& a;
   int64_t from_, to_;
-  bool exchanges_, gathers_;  // planes of the input with channels; input in a copy
+  bool exchanges_, gathers_;  // planes of the input with channels; input in a copy with padding
   bool by_lines_;             // pixels of a line by themselves, whose taps share what is read
   bool is_finite_ = true;     // of the weights laid out last
   int64_t runs_, length_;     // of memory that a pixel of the output is made of
   int64_t width_;             // of the padded input
   int64_t ahead_;             // from a pixel to where the next group has its own
 
-  int64_t block_;                        // pixels that are taken together
-  std::vector<int64_t> rows_, columns_;  // of the output, between which the same taps meet the input
+  int64_t block_;                                  // pixels that are taken together
+  std::vector<int64_t> row_edges_, column_edges_;  // of the output, between which the same taps meet the input
   std::vector<A> zeros_;
   ConvolutionInput<A> input_;
   const A* copy_;        // of lines of a sample

@@ -14,6 +14,8 @@ class ConvolutionInput {
  public:
   explicit ConvolutionInput(const DenseConv2dArgs& args) : a(args) {}
 
+  bool exchanges() const { return a.planes && a.x.channel != 1; }  // planes with channels
+
   // The lines of a sample that lines [first, last] of the output are made of, `width` pixels of the padded input each.
   const A* padded(int64_t width, int64_t sample, int64_t first, int64_t last) {
     const int64_t top = first * a.stride_h - a.top, lines = (last - first) * a.stride_h + reach(),
@@ -27,7 +29,7 @@ class ConvolutionInput {
       }
       skip(a.left);
       const A* const from = row<const A>(a.x, sample, 0, h * a.w);
-      if (a.x.channel != 1) {
+      if (exchanges()) {
         transpose_into(from, a.x.channel, a.c, kept, to, a.c);
         to += kept * a.c;
       } else if (a.x.pixel == a.c) {
@@ -43,16 +45,17 @@ class ConvolutionInput {
     return data_.data();
   }
 
-  // The same lines out of planes and without padding, as part of a whole sample that begins at the result.
+  // The same lines out of planes and without padding.
   const A* exchanged(int64_t sample, int64_t first, int64_t last) {
-    const int64_t top = first * a.stride_h - a.top, begin = std::clamp<int64_t>(top, 0, a.h) * a.w,
-                  end = std::clamp<int64_t>(top + (last - first) * a.stride_h + reach(), 0, a.h) * a.w;
-    A* const to = room(std::max<int64_t>(0, end - begin) * a.c);
+    const int64_t begin = first_exchanged(first) * a.w, end = inside(last * a.stride_h - a.top + reach()) * a.w;
+    A* const to = room((end - begin) * a.c);
     transpose_into(row<const A>(a.x, sample, 0, begin), a.x.channel, a.c, end - begin, to, a.c);
-    return to - begin * a.c;
+    return to;
   }
+  int64_t first_exchanged(int64_t first) const { return inside(first * a.stride_h - a.top); }
 
  private:
+  int64_t inside(int64_t line) const { return std::clamp<int64_t>(line, 0, a.h); }
   int64_t reach() const { return (a.kernel_h - 1) * a.dilation_h + 1; }
 
   A* room(int64_t size) {

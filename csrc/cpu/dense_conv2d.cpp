@@ -21,11 +21,13 @@ Map interleaved(const Context& context, const Map& x, int64_t n, int64_t c, int6
   return {to, c * hw, 1, c};
 }
 
+constexpr int64_t kShared = 2;  // vectors of output channels that a thread has at least
+
 // Threads share the pixels, and each lays out all weights; or they share the output channels, where laying out takes longer
 // than the more even cut of the pixels saves. A weight is laid out in about the time in which kPixels meet it.
 inline bool share_channels(const Context& context, int64_t vectors, int64_t pixels) {
   constexpr int64_t kPixels = 16;
-  const int64_t threads = context.threads, most = (vectors + threads - 1) / threads;
+  const int64_t threads = context.threads, most = std::max(kShared, (vectors + threads - 1) / threads);
   return most * (kPixels + pixels) < vectors * kPixels + vectors * pixels / threads;
 }
 
@@ -47,7 +49,7 @@ void forward(const Context& context, DenseConv2dArgs args) {
     }
   };
   if (many && share_channels(context, vectors, pixels)) {
-    return parallel_for(context, vectors, 2, [&](int64_t from, int64_t to) { run(from, to, 0, pixels); });
+    return parallel_for(context, vectors, kShared, [&](int64_t from, int64_t to) { run(from, to, 0, pixels); });
   }
   const bool small = pixels * whole.terms() * args.out_c < 100000;  // not worth waking a thread for
   constexpr int64_t kUnit = kGroup / 4;

@@ -41,6 +41,15 @@ def test_more_than_a_tile(size: tuple[int, int, int, int], layout: str, backend:
 
 
 @both_layouts
+def test_ties_of_channels_of_several_tiles(layout: str, backend: str, device: str) -> None:
+    x = LAYOUTS[layout](torch.randint(-2, 3, (2, 130, 9, 7), device=device).float()).requires_grad_()
+    y, grad = channel_pool(x), torch.randn(2, 2, 9, 7, device=device)
+    (got,) = torch.autograd.grad(y, x, grad)
+    (expected,) = torch.autograd.grad(torch.cat((x.mean(1, True), x.amax(1, True)), 1), x, grad)
+    torch.testing.assert_close(got, expected)
+
+
+@both_layouts
 def test_a_maximum_below_zero(layout: str, backend: str, device: str) -> None:
     """Where a vector or a tile is not full, what is not there is no zero."""
     x = LAYOUTS[layout](-1 - torch.rand(2, 19, 5, 3, device=device))

@@ -91,13 +91,52 @@ def test_kernels_three_wide_of_few_channels(
 
 
 @pytest.mark.parametrize("backend", ["cpu"], indirect=True)  # on the others torch convolves
-def test_weights_that_are_not_finite_show(backend: str) -> None:
+@both_layouts
+def test_weights_that_are_not_finite_show(layout: str, backend: str) -> None:
     """Wherever the pixels are, and whichever are taken together: taps that lie outside meet zeros."""
-    x = torch.rand(2, 64, 5, 5).contiguous(memory_format=torch.channels_last)
+    x = LAYOUTS[layout](torch.rand(2, 64, 5, 5))
     weight = torch.rand(64, 64, 3, 3)
     weight[:, :, 0] = float("nan")
     for sample in (x, x[:1], x[1:]):
-        assert dense_conv2d(sample, weight, padding=2, dilation=2).isnan().all()
+        assert dense_conv2d(sample, weight, padding=2, dilation=(2, 1)).isnan().all()
+
+
+@pytest.mark.parametrize("backend", ["cpu"], indirect=True)  # on the others torch convolves
+@both_layouts
+@pytest.mark.parametrize(("size", "out"), [((3, 512, 5, 5), 512), ((2, 300, 5, 7), 70), ((3, 64, 7, 7), 64)], ids=str)
+def test_whoever_shares_the_work(size: tuple[int, ...], out: int, layout: str, backend: str) -> None:
+    """Threads share pixels or output channels, samples a block: a sample's result is the same with all of them."""
+    x, weight = LAYOUTS[layout](torch.randn(size)), torch.randn(out, size[1], 3, 3)
+    y = dense_conv2d(x, weight, padding=1)
+    assert torch.equal(dense_conv2d(x[1:2], weight, padding=1), y[1:2])
+    before = torch.get_num_threads()
+    try:
+        for threads in (1, 2, 3):
+            torch.set_num_threads(threads)
+            assert torch.equal(dense_conv2d(x, weight, padding=1), y)
+    finally:
+        torch.set_num_threads(before)
+
+
+@both_layouts
+@pytest.mark.parametrize(
+    ("size", "kernel", "how"),
+    [
+        ((1, 64, 9, 6), 3, {"padding": (8, 1), "dilation": (8, 1)}),  # lines of padding only
+        ((2, 70, 11, 5), 3, {"padding": (2, 0), "dilation": (3, 1), "stride": (2, 1)}),
+        ((1, 80, 40, 41), 1, {"stride": 3, "padding": 1}),
+        ((1, 64, 5, 5), 3, {"stride": 2**30, "padding": 1}),
+        ((1, 8, 5, 5), 3, {"stride": 2**30}),
+    ],
+    ids=str,
+)
+def test_lines_that_few_taps_meet(
+    size: tuple[int, ...], kernel: int, how: dict[str, Any], layout: str, backend: str, device: str
+) -> None:
+    x = LAYOUTS[layout](torch.randn(size, device=device))
+    weight = torch.randn(20, size[1], kernel, kernel, device=device)
+    exact = F.conv2d(x.double(), weight.double(), **how).float()
+    torch.testing.assert_close(dense_conv2d(x, weight, **how), exact, rtol=1e-4, atol=1e-4)
 
 
 def test_a_shift_alone_is_a_bias(backend: str, device: str) -> None:
@@ -107,7 +146,7 @@ def test_a_shift_alone_is_a_bias(backend: str, device: str) -> None:
 
 def test_slices_are_read_where_they_are(backend: str, device: str) -> None:
     whole = torch.randn(2, 40, 9, 9, device=device).contiguous(memory_format=torch.channels_last)
-    for part in (whole[:, 4:12], whole[:, :, 1:8, 2:9]):
+    for part in (whole[:, 4:12], whole[:, :, 1:8, 2:9], whole[:, 3:4], whole[:, ::40]):
         weight = torch.randn(5, part.shape[1], 3, 3, device=device)
         y = dense_conv2d(part, weight, padding=1)
         torch.testing.assert_close(y, reference(part, weight, padding=1), rtol=1e-4, atol=1e-4)

@@ -150,6 +150,16 @@ def test_backward_twice(info: OpInfo, backend: str, device: str) -> None:
     assert all(torch.equal(a, b) for a, b in zip(first, second, strict=True))
 
 
+@each_op
+@both_layouts
+def test_output_where_a_gradient_is_wanted(info: OpInfo, layout: str, backend: str, device: str) -> None:
+    """The same as where none is, though a kernel may keep more then."""
+    sample = info.sample((3, 18, 10, 9), layout=layout, device=device)
+    y = info.op(*sample.args, **sample.kwargs)
+    sample = with_grad(sample)
+    assert torch.equal(info.op(*sample.args, **sample.kwargs), y)
+
+
 @each_option
 def test_only_inputs_are_saved(info: OpInfo, options: Options, dispatched: str, device: str) -> None:
     if dispatched == "reference":

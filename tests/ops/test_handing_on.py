@@ -7,6 +7,7 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor
+from torch.autograd.graph import saved_tensors_hooks
 from torch.profiler import ProfilerActivity, profile
 
 from convblocks import backends
@@ -79,6 +80,30 @@ def test_parity_with_any_gradient(name: str, kind: str) -> None:
         for a, b in zip(_gradients(name, x, args, seed, more, True, held), expected, strict=True):
             torch.testing.assert_close(a, b, rtol=1e-12, atol=1e-12)
     assert torch.equal(more, before)
+
+
+@pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last], ids=["nchw", "nhwc"])
+@pytest.mark.parametrize("name", NAMES)
+def test_parity_where_what_is_kept_is_lost(name: str, layout: torch.memory_format) -> None:
+    x = torch.randn(3, 70, 9, 11).round(decimals=1).contiguous(memory_format=layout)
+    args, more = _arguments(name, x), torch.randn_like(x)
+    seed = torch.randn_like(getattr(torch.ops.convblocks, name)(x, *args))
+    expected = _gradients(name, x, args, seed, more, hand_on=True)
+    known = {t.data_ptr() for t in (x, more, *(t for t in args if isinstance(t, Tensor)))}
+    lost = 0
+
+    def unpack(t: Tensor) -> Tensor:
+        nonlocal lost
+        if t.data_ptr() in known:
+            return t
+        lost += 1
+        return t.new_empty(0)
+
+    with saved_tensors_hooks(lambda t: t, unpack):
+        results = _gradients(name, x, args, seed, more, hand_on=True)
+    assert lost == 1
+    for a, b in zip(results, expected, strict=True):
+        torch.testing.assert_close(a, b)
 
 
 @pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last], ids=["nchw", "nhwc"])
