@@ -13,7 +13,8 @@ void skip_samples(Map& map, int64_t count, size_t size) {
 
 }  // namespace
 
-// Samples are convolved and passed on a few at a time, while they are in the caches: both touch the same lines of memory.
+// In channels_last samples are convolved and passed on a few at a time, while they are in the caches: both touch the same
+// lines of memory.
 const char* convblocks_partial_conv2d(const Context& context, const PartialConv2dArgs& args) {
   if (!args.first) return convblocks_concat_shuffle(context, args.pieces);
   DenseConv2dArgs conv = *args.first;
@@ -24,8 +25,8 @@ const char* convblocks_partial_conv2d(const Context& context, const PartialConv2
   const size_t size = rest.dtype == Dtype::f64 ? 8 : 4;
   const auto bytes = [size](int64_t count) { return count * static_cast<int64_t>(size); };
   const int64_t weights = bytes(conv.c * conv.out_c * conv.kernel_h * conv.kernel_w);  // laid out anew each time
-  const int64_t together =
-      std::max<int64_t>(1, std::max<int64_t>(1 << 20, 16 * weights) / bytes((conv.c + rest.c) * rest.hw));
+  const int64_t some = std::max<int64_t>(1 << 20, 16 * weights) / bytes((conv.c + rest.c) * rest.hw),
+                together = conv.planes ? rest.n : std::max<int64_t>(1, some);
   for (int64_t left = rest.n; left > 0; left -= together) {
     conv.n = rest.n = std::min(left, together);
     const char* error = convblocks_dense_conv2d(context, conv);
