@@ -140,8 +140,10 @@ def test_every_output_is_written(info: OpInfo, options: Options, backend: str, d
         torch.use_deterministic_algorithms(True)
         poisoned = run(info.op, sample, grad)
         torch.use_deterministic_algorithms(False)
-        for p, e in zip(poisoned, expected, strict=True):
-            torch.testing.assert_close(p, e, rtol=0, atol=0, equal_nan=True)
+        for i, (p, e) in enumerate(zip(poisoned, expected, strict=True)):
+            # torch's own gradient of a convolution of a single pixel differs from run to run in the last bit.
+            exact = {} if info.by_torch and i > 0 else {"rtol": 0.0, "atol": 0.0}
+            torch.testing.assert_close(p, e, **exact, equal_nan=True)
 
 
 @each_option
