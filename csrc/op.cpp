@@ -7,8 +7,10 @@
 #include <ATen/Parallel.h>
 #include <ATen/autocast_mode.h>
 #include <ATen/ops/all.h>
+#include <ATen/ops/cat.h>
 #include <ATen/ops/convolution_backward.h>
 #include <ATen/ops/isfinite.h>
+#include <ATen/ops/zeros_like.h>
 #include <c10/core/impl/VirtualGuardImpl.h>
 #include <dlfcn.h>
 #include <sys/mman.h>
@@ -114,6 +116,12 @@ bool kernels_convolve(const Tensor& x) {
 std::tuple<Tensor, Tensor> convolution_gradients(const Tensor& grad, const Tensor& x, const Tensor& weight,
                                                  c10::SymIntArrayRef stride, c10::SymIntArrayRef padding,
                                                  c10::SymIntArrayRef dilation, const c10::SymInt& groups, bool real) {
+  if (real && x.is_cpu() && grad.numel() == grad.size(1)) {
+    const auto two = [](const Tensor& t) { return at::cat({t, at::zeros_like(t)}); };
+    const auto [grad_x, grad_weight] =
+        convolution_gradients(two(grad), two(x), weight, stride, padding, dilation, groups, real);
+    return {grad_x.narrow(0, 0, 1), grad_weight};
+  }
   const auto in = [&](at::ScalarType dtype) {
     auto [grad_x, grad_weight, none] =
         at::convolution_backward_symint(grad.to(dtype), x.to(dtype), weight.to(dtype), {}, stride, padding, dilation,

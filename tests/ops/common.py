@@ -8,12 +8,13 @@ from __future__ import annotations
 import inspect
 import itertools
 import random
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any, TypeVar
 
 import pytest
 import torch
 from torch import Tensor
+from torch.autograd.graph import saved_tensors_hooks
 
 from convblocks import backends
 from convblocks.accuracy import Judge
@@ -21,6 +22,22 @@ from convblocks.opinfo import LAYOUTS, OPS, OpInfo, Sample
 from tests.conftest import BACKENDS, EMULATED, INTERPRETED
 
 T = TypeVar("T")
+
+
+class Losing(saved_tensors_hooks):
+    """Of what autograd saves, all but the inputs comes back as ``replace`` makes it; ``count`` says how many."""
+
+    def __init__(self, inputs: Iterable[Tensor], replace: Callable[[Tensor], Tensor]) -> None:
+        known, self.count = {t.data_ptr() for t in inputs}, 0
+
+        def unpack(t: Tensor) -> Tensor:
+            if t.data_ptr() in known:
+                return t
+            self.count += 1
+            return replace(t)
+
+        super().__init__(lambda t: t, unpack)
+
 
 # Where each kernel takes a thousand times as long as on its own hardware.
 SLOW = INTERPRETED or EMULATED is not None

@@ -26,6 +26,7 @@ from convblocks.accuracy import run
 from convblocks.opinfo import LAYOUTS, OPS, OpInfo, Options, Sample
 from tests.ops.common import (
     SLOW,
+    Losing,
     accuracy,
     affordable,
     as_function,
@@ -201,21 +202,11 @@ def test_gradients_without_the_memory(
     """What a kernel keeps besides the inputs its backward computes again where it is not there, or not as it was."""
     sample = with_grad(info.sample((3, 18, 40, 41), options, layout=layout, device=device))
     grad = info.gradient(sample)
-    inputs = {t.data_ptr() for t in sample.tensors()}
-    forgotten = 0
-
-    def unpack(t: Tensor) -> Tensor:
-        nonlocal forgotten
-        if t.data_ptr() in inputs:
-            return t
-        forgotten += 1
-        return t.double() if without == "of another kind" else t.new_empty(0)
-
-    context = _Mode() if without == "under a mode" else saved_tensors_hooks(lambda t: t, unpack)
-    with context:
+    losing = Losing(sample.tensors(), lambda t: t.double() if without == "of another kind" else t.new_empty(0))
+    with _Mode() if without == "under a mode" else losing:
         y = info.op(*sample.args, **sample.kwargs)
         gradients = torch.autograd.grad(y, sample.tensors(), grad)
-    assert forgotten == (without != "under a mode")
+    assert losing.count == (without != "under a mode")
     assert not accuracy(info, sample, [y.detach(), *gradients], grad)
 
 
