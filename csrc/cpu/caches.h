@@ -6,6 +6,7 @@
 #include <cstdint>
 #include <cstdio>
 #include <cstdlib>
+#include <optional>
 
 namespace convblocks::cpu {
 
@@ -44,28 +45,36 @@ struct LastCache {
   }
 };
 
-// What all caches of the machine hold, or what CONVBLOCKS_CACHE_BYTES says, a number: for a process that has a part of
-// them, and for tests. The same for any number of threads, as what is summed while it is written depends on it.
-inline int64_t all_caches() {
-  if (const char* given = std::getenv("CONVBLOCKS_CACHE_BYTES")) {
-    char* end;
-    const long long bytes = std::strtoll(given, &end, 10);
-    if (end != given && !*end && bytes >= 0) return bytes;
-  }
-  const LastCache last;
-  const int64_t processors = std::max<int64_t>(sysconf(_SC_NPROCESSORS_ONLN), 1);
-  const int64_t second = std::max<int64_t>(sysconf(_SC_LEVEL2_CACHE_SIZE), 1 << 20);
-  return std::max(last.bytes * ((processors + last.sharers - 1) / last.sharers), second * processors);
+// What CONVBLOCKS_CACHE_BYTES says, a number, that caches hold: for a process that has a part of them, and for tests.
+inline std::optional<int64_t> given_caches() {
+  const char* given = std::getenv("CONVBLOCKS_CACHE_BYTES");
+  if (!given) return {};
+  char* end;
+  const long long bytes = std::strtoll(given, &end, 10);
+  return end != given && !*end && bytes >= 0 ? std::optional<int64_t>(bytes) : std::nullopt;
 }
 
+// What all caches of the second level hold, and all of the machine. The same for any number of threads, as what is summed
+// while it is written depends on it.
+inline int64_t second_caches() {
+  static const int64_t bytes = given_caches().value_or(std::max<int64_t>(sysconf(_SC_LEVEL2_CACHE_SIZE), 1 << 20) *
+                                                       std::max<int64_t>(sysconf(_SC_NPROCESSORS_ONLN), 1));
+  return bytes;
+}
 inline int64_t caches() {
-  static const int64_t bytes = all_caches();
+  static const int64_t bytes = given_caches().value_or([] {
+    const LastCache last;
+    const int64_t processors = std::max<int64_t>(sysconf(_SC_NPROCESSORS_ONLN), 1);
+    return std::max(last.bytes * ((processors + last.sharers - 1) / last.sharers), second_caches());
+  }());
   return bytes;
 }
 
-// Whether a map of so many bytes and a second one of the same size are larger than the caches; or than a quarter of them,
-// where much of the maps will have given way to something else.
+// Whether a map of so many bytes and a second one of the same size are larger than the caches.
 inline bool exceeds_caches(int64_t bytes) { return 2 * bytes > caches(); }
-inline bool crowds_caches(int64_t bytes) { return 8 * bytes > caches(); }
+
+// Whether of maps that take so many bytes together little is left in the caches of the second level: what is not read or
+// written in the order in which it lies has to be fetched early.
+inline bool leaves_second_caches(int64_t bytes) { return bytes > 4 * second_caches(); }
 
 }  // namespace convblocks::cpu

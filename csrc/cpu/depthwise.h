@@ -71,6 +71,15 @@ struct Depthwise {
             activation};
   }
 
+  // Whether maps as large as x, and one as large as the result, leave little of each other in the nearer caches.
+  bool fetches(int64_t maps) const {
+    return leaves_second_caches(
+        (maps * shape.c * shape.h * shape.w + shape.c * shape.multiplier * shape.out_h * shape.out_w) * shape.n *
+        sizeof(T));
+  }
+  // The rows that the window has not met before.
+  Fetch new_rows(int64_t rows) const { return {true, std::max<int64_t>(0, rows - shape.stride_h), rows}; }
+
   // --- in channels_last: the channels of `part` of `parts`, in whole vectors, of which the last may overlap another ---
 
   bool in_place(std::initializer_list<Map> maps) const {
@@ -142,7 +151,8 @@ struct Depthwise {
   using Base = Depthwise<T>;                                                                                      \
   using Base::Base, Base::L, Base::context, Base::shape, Base::activation, Base::rows, Base::columns, Base::taps, \
       Base::block, Base::weight, Base::bias, Base::pack, Base::forward_row, Base::in_place, Base::for_each_part,  \
-      Base::parts, Base::groups, Base::lanes, Base::lanes_of, Base::results_of, Base::bands, Base::channels_of;   \
+      Base::parts, Base::groups, Base::lanes, Base::lanes_of, Base::results_of, Base::bands, Base::channels_of,   \
+      Base::fetches, Base::new_rows;                                                                              \
   using A = Base::A;                                                                                              \
   using Part = Base::Part;
 

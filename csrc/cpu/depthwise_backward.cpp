@@ -14,12 +14,13 @@ struct Backward : Depthwise<T> {
   // A row of the gradient of the map, of `channels`; row `grad_first` of the gradient lies at `grad`.
   template <class S, class D>
   void backward_row(int64_t row, const S* grad, int64_t grad_first, int64_t grad_pixel, const A* packed, D* out,
-                    int64_t out_pixel, int64_t channels, bool add) const {
+                    int64_t out_pixel, int64_t channels, bool add, Fetch fetch = {}) const {
     const auto above = rows.reach_inside(row);
     const int64_t grad_row = shape.out_w * grad_pixel;
     for (int64_t phase = 0; phase < std::min(shape.stride_w, shape.w); phase++) {
       const auto r = columns.reach(phase);
       const int64_t last = std::max<int64_t>(0, r.count - 1);  // from there: the columns in rising order
+      fetch.end = phase == 0 ? std::min(fetch.end, above.count) : 0;
       convolve_row<S, D>({grad + (above.position - grad_first) * grad_row,
                           -above.step * grad_row,
                           grad_pixel,
@@ -39,19 +40,20 @@ struct Backward : Depthwise<T> {
                           shape.stride_w * out_pixel,
                           (shape.w - phase + shape.stride_w - 1) / shape.stride_w,
                           add,
-                          Activation::none},
+                          Activation::none,
+                          fetch},
                          channels);
     }
   }
 
   template <class S>
   void weight_row(int64_t row, const S* in, int64_t in_first, int64_t in_pixel, const S* grad, int64_t grad_pixel,
-                  A* sums, int64_t channels) const {
+                  A* sums, int64_t channels, int64_t rows_ahead = 0) const {
     const auto window = rows.window(row);
     const int64_t in_row = shape.w * in_pixel;
     correlate_row<S>({in + (window.position - in_first) * in_row, shape.dilation_h * in_row, in_pixel, grad, grad_pixel,
                       sums + window.tap * shape.kernel_w * L, shape.kernel_w * L, block, sums + taps * L, window.count,
-                      shape.kernel_w, -shape.left, shape.stride_w, shape.dilation_w, shape.w, shape.out_w},
+                      shape.kernel_w, -shape.left, shape.stride_w, shape.dilation_w, shape.w, shape.out_w, rows_ahead},
                      channels);
   }
 
@@ -88,7 +90,7 @@ struct Backward : Depthwise<T> {
 
   void backward_in_place(const Map& grad, const Map& x, const Map& grad_x, int64_t cut, A* sums) const {
     const int64_t items = chunks() * cut;
-    const bool active = activation != Activation::none;
+    const bool fetch = fetches(2), active = activation != Activation::none;
     int64_t inner_pixels = 0;
     for (int64_t i = 0; active && i < cut; i++) {
       const Needed r = needed(i, cut);
@@ -114,12 +116,12 @@ struct Backward : Depthwise<T> {
               int64_t row = b.out_first;
               const auto weights = [&](int64_t until) {  // while the rows that they need are in a cache
                 for (; row < until; row++)
-                  weight_row(row, in, 0, x.pixel, g + (row - g_first) * shape.out_w * g_pixel, g_pixel, own,
-                             p.channels);
+                  weight_row(row, in, 0, x.pixel, g + (row - g_first) * shape.out_w * g_pixel, g_pixel, own, p.channels,
+                             fetch && !active ? shape.stride_h : 0);
               };
               for (int64_t in_row = b.in_first; in_row < b.in_stop; in_row++) {
                 backward_row(in_row, g, g_first, g_pixel, packed, at(grad_x, sample) + in_row * shape.w * grad_x.pixel,
-                             grad_x.pixel, p.channels, false);
+                             grad_x.pixel, p.channels, false, {fetch, 0, fetch && !active});
                 weights(std::min(b.out_stop, in_row * shape.out_h / shape.h));
               }
               weights(b.out_stop);
@@ -129,7 +131,7 @@ struct Backward : Depthwise<T> {
                 for (int64_t row = r.out_first; row < r.out_stop; row++) {
                   A* const to = inner + (row - r.out_first) * shape.out_w * p.channels;
                   to_inner_gradient(row, in, x.pixel, 0, packed, at(grad, sample) + row * shape.out_w * grad.pixel,
-                                    grad.pixel, to, p.channels);
+                                    grad.pixel, to, p.channels, fetch);
                 }
                 gradients(inner, r.out_first, p.channels);
                 continue;
@@ -183,9 +185,10 @@ struct Backward : Depthwise<T> {
 
   // A row, from the gradient of what the activation made to that of what it was given.
   void to_inner_gradient(int64_t row, const A* in, int64_t in_pixel, int64_t in_first, const A* packed, const A* grad,
-                         int64_t grad_pixel, A* to, int64_t channels) const {
+                         int64_t grad_pixel, A* to, int64_t channels, bool fetch = false) const {
     auto r = forward_row(row, in, in_first, in_pixel, packed, to, channels);
     r.activation = Activation::none;
+    if (fetch) r.fetch = new_rows(r.rows);
     convolve_row(r, channels);
     const int64_t rows = grad_pixel == channels ? 1 : shape.out_w, size = shape.out_w * channels / rows;
     for (int64_t i = 0; i < rows; i++, to += channels, grad += grad_pixel) {

@@ -13,6 +13,7 @@ struct Forward : Depthwise<T> {
   // A piece of work is a row; with sums, which are added up from those of the pieces, a band of rows.
   void forward_in_place(const Map& x, const Map& y, int64_t cut, A* sums) const {
     const int64_t items = shape.n * cut, elements = shape.out_w * shape.c;
+    const bool fetch = fetches(1);
     for_each_part(items, parts(items < 16 * context.threads ? context.threads : 1),
                   std::max<int64_t>(1, 4096 / elements), 0, [&](const Part& p, const A* packed, A* memory, int64_t i) {
                     const int64_t sample = i / cut, band = i % cut;
@@ -26,6 +27,7 @@ struct Forward : Depthwise<T> {
                       auto r = forward_row(row, in, 0, x.pixel, packed, to, y.pixel);
                       if (later) r.activation = Activation::none;
                       r.sums = sums ? memory : nullptr;
+                      if (fetch) r.fetch = new_rows(r.rows);
                       convolve_with_sums(r, p.channels, own, p.blocks);
                       if (later) activate_row(to, y.pixel, p.channels);
                     }

@@ -32,6 +32,37 @@ inline bool has_finite_weights(const DepthwiseConv2dShape& s, const float* weigh
   return reduce_plane<float, 1>(s.c * s.multiplier * s.kernel_h * s.kernel_w, zeros)[0] == 0;
 }
 
+// Planes that are worked on later, fetched a little at every step of the work on others: narrow planes, and all with AVX-512,
+// are walked down their columns, which processors do not foresee.
+class Ahead {
+ public:
+  void add(const float* plane, int64_t pixels) { planes_[count_++] = {plane, pixels, 0}, pixels_ += pixels; }
+  void clear() { count_ = 0, pixels_ = 0; }
+  void start(int64_t steps) {
+    for (int i = 0; i < count_; i++)
+      planes_[i].share = ((planes_[i].left + kLine - 1) / kLine + steps - 1) / steps * kLine;
+  }
+  // In place: of a function that does nothing else compilers leave out the call.
+  CONVBLOCKS_LOOP void step() {
+    for (int i = 0; i < count_; i++) {
+      auto& [at, left, share] = planes_[i];
+      for (int64_t p = 0; p < std::min(left, share); p += kLine)
+        pixels_ <= kNear ? __builtin_prefetch(at + p, 0, 3) : __builtin_prefetch(at + p, 0, 2);
+      at += share, left -= share;
+    }
+  }
+
+ private:
+  static constexpr int64_t kLine = 64 / sizeof(float), kNear = 8192;  // pixels for which the first cache has room
+  struct Plane {
+    const float* at;
+    int64_t left, share;
+  };
+  Plane planes_[4];
+  int count_ = 0;
+  int64_t pixels_ = 0;
+};
+
 // P planes share a vector: where they are narrow, two of AVX-512. K is the size of the filter.
 template <int P, int K>
 struct Planes {
@@ -44,6 +75,7 @@ struct Planes {
   // `later`: of a whole plane, while it is in a cache. Rows that end in a part of a vector would take longer.
   Activation activation = Activation::none, later = Activation::none;
   float* sums[P];  // of the results of each plane; or null
+  Ahead* ahead = nullptr;
 
 #if defined(__AVX512F__)
   // The lanes from `begin` to `end` of so many.
@@ -193,6 +225,7 @@ struct Planes {
     const VecF start = both([&](int p) { return bias[p]; });
     VecF total{};
     int64_t begin = 0, end = out_h;
+    if (ahead) ahead->start((out_w + kWidth - 1) / kWidth * ((out_h + kRows - 1) / kRows));
     const auto columns = [&]<bool kWhole>(int64_t column, std::bool_constant<kWhole>) CONVBLOCKS_LOOP {
       const Mask written = lanes(0, out_w - column, kWidth);
       Masks mask;
@@ -215,6 +248,7 @@ struct Planes {
             for (int j = 0; j < K; j++) acc[r] += x[j] * tap[k * K + j];
           }
         }
+        if (ahead) ahead->step();
         activate_tile(acc, activation);
         CONVBLOCKS_UNROLL
         for (int r = 0; r < kRows; r++) {
@@ -257,12 +291,6 @@ struct Planes {
   }
 };
 
-// Prefetches a plane that is read, or written, soon.
-template <bool kWritten = false>
-inline void fetch_plane(const float* from, int64_t pixels) {
-  for (int64_t p = 0; p < pixels; p += 64 / sizeof(float)) __builtin_prefetch(from + p, kWritten, 2);
-}
-
 __attribute__((noinline)) inline void write_plane(const float* from, float* to, int64_t pixels, Activation activation,
                                                   bool past_caches) {
   write_row<float>(to, pixels, past_caches,
@@ -274,21 +302,23 @@ void convolve_planes(const Context& context, const DepthwiseConv2dShape& s, cons
                      Activation activation, const Map& x, const Map& y, float* sums) {
   const int64_t planes = s.c * s.multiplier, groups = (planes + P - 1) / P, pixels = s.out_h * s.out_w;
   const int64_t grain = std::max<int64_t>(1, 4096 / (pixels * P));
-  // With AVX-512 a plane is read and written down its columns, which processors do not foresee.
   const int64_t bytes = s.n * s.c * s.h * s.w * sizeof(float);
   const bool far = kBytes == 64 && exceeds_caches(bytes);
-  const bool fetch = far || (kBytes == 64 && s.stride_w == 1 && crowds_caches(bytes));
+  const bool fetch = leaves_second_caches(bytes + s.n * planes * pixels * sizeof(float));
   // A plane is made in the first cache where it goes from there past the others, or an activation is done on the way.
   const bool apart = P == 1 && !sums && pixels <= 8192 && (far || takes_call(activation));
   parallel_for(context, s.n * groups, grain, [&](int64_t begin, int64_t end) {
     const Scratch<float> scratch(apart ? pixels : 1);
     Planes<P, K> group;
+    Ahead ahead;
+    if (fetch) group.ahead = &ahead;
     group.h = s.h, group.w = s.w, group.out_h = s.out_h, group.out_w = s.out_w, group.top = s.top, group.left = s.left;
     const bool later = P == 1 && takes_call(activation) && pixels <= 1 << 16;
     group.activation = later || apart ? Activation::none : activation;
     group.later = later && !apart ? activation : Activation::none;
     for (int64_t i = begin; i < end; i++) {
       const int64_t sample = i / groups;
+      ahead.clear();
       CONVBLOCKS_UNROLL
       for (int p = 0; p < P; p++) {
         const int64_t plane = std::min(i % groups * P + p, planes - 1);  // an odd last one is computed twice
@@ -300,8 +330,8 @@ void convolve_planes(const Context& context, const DepthwiseConv2dShape& s, cons
         group.weight[p] = weight + plane * K * K;
         group.bias[p] = bias ? bias[plane] : 0;
         if (fetch && plane + P < planes) {
-          fetch_plane(in(plane + P), s.h * s.w);
-          if (!apart) fetch_plane<true>(group.out[p] + P * y.channel, pixels);
+          ahead.add(in(plane + P), s.h * s.w);
+          if (!apart) ahead.add(group.out[p] + P * y.channel, pixels);
         }
         group.sums[p] = sums ? sums + sample * planes + plane : nullptr;
       }

@@ -151,10 +151,11 @@ inline bool each_plane_fits(const DepthwiseConv2dShape& s, const float* weight, 
 // then.
 template <int ODD, int K>
 inline void spread_plane(const Planes<1, K>& grad, const float* weight, int64_t h, int64_t w, int64_t top, int64_t left,
-                         float* to) {
+                         float* to, Ahead* ahead) {
   constexpr int L = kLanes<float>;
   VecF tap[K * K];
   for (int t = 0; t < K * K; t++) tap[t] = splat<VecF>(weight[t]);
+  if (ahead) ahead->start((w + 2 * L - 1) / (2 * L) * ((h + top + 1) / 2));
   for (int64_t column = 0; 2 * column < w; column += L) {
     constexpr auto side = [](int j) { return (j + ODD) & 1; };  // 1: odd columns
     int64_t at[K];
@@ -182,6 +183,7 @@ inline void spread_plane(const Planes<1, K>& grad, const float* weight, int64_t 
     };
     VecF sums[K + 2][2]{};  // of the even and the odd columns of rows 2 * g - top and after it
     for (int64_t g = 0; 2 * g - top < h; g++) {
+      if (ahead) ahead->step();
       if (g < grad.h) {
         CONVBLOCKS_UNROLL
         for (int j = 0; j < K; j++) {
@@ -204,9 +206,8 @@ void planes_backward(const Context& context, const DepthwiseConv2dShape& s, cons
                      float* sums) {
   constexpr int64_t L = kLanes<float>, kBlock = (K * K + 1) * L;
   const int64_t pieces = (s.n + samples - 1) / samples, blocks = (s.c + L - 1) / L, pixels = s.out_h * s.out_w;
-  const int64_t bytes = s.n * s.c * s.h * s.w * sizeof(float);
-  const bool active = activation != Activation::none, by_columns = kBytes == 64 && STRIDE == 1 && crowds_caches(bytes);
-  const bool fetch = by_columns || exceeds_caches(bytes);
+  const bool active = activation != Activation::none;
+  const bool fetch = leaves_second_caches(s.n * s.c * (2 * s.h * s.w + pixels) * sizeof(float));
   const int64_t bands = std::clamp<int64_t>(pixels / kPlanePiece, 1, s.out_h);
   const int64_t grain = std::max<int64_t>(1, 4096 / (pixels * samples));
   parallel_for(context, pieces * s.c, grain, [&](int64_t begin, int64_t end) {
@@ -218,6 +219,8 @@ void planes_backward(const Context& context, const DepthwiseConv2dShape& s, cons
     by.h = s.out_h, by.w = s.out_w;
     back.h = s.out_h, back.w = s.out_w, back.out_h = s.h, back.out_w = s.w;
     back.top = K - 1 - s.top, back.left = K - 1 - s.left, back.bias[0] = 0;
+    Ahead ahead;
+    if (fetch) back.ahead = &ahead;
     float reversed[K * K];
     back.weight[0] = reversed;
     for (int64_t i = begin; i < end; i++) {
@@ -231,7 +234,6 @@ void planes_backward(const Context& context, const DepthwiseConv2dShape& s, cons
         by.in[0] = static_cast<const float*>(grad.data) + n * grad.batch + c * grad.channel;
         float* const to = static_cast<float*>(grad_x.data) + n * grad_x.batch + c * grad_x.channel;
         const float* const next = by.in[0] + grad.channel;
-        if (by_columns) fetch_plane<true>(to, s.h * s.w);
         if (active) {
           map.template convolve<STRIDE>();
           for_lanes<float>(
@@ -240,20 +242,25 @@ void planes_backward(const Context& context, const DepthwiseConv2dShape& s, cons
               });
           by.in[0] = scratch.data() + pixels;
         }
-        if (fetch) fetch_plane(map.in[0] + x.channel, s.h * s.w);
         if (bands == 1) correlate_plane<STRIDE>(map, by, 0, s.out_h, acc);
         for (int64_t band = 0; bands > 1 && band < bands; band++) {
           VecF some[K * K + 1]{};
           correlate_plane<STRIDE>(map, by, s.out_h * band / bands, s.out_h * (band + 1) / bands, some);
           for (int t = 0; t <= K * K; t++) acc[t] += some[t];
         }
-        if (fetch) fetch_plane(next, pixels);
+        if (fetch) {
+          ahead.clear();
+          ahead.add(map.in[0] + x.channel, s.h * s.w);
+          ahead.add(next, pixels);
+          ahead.add(to + grad_x.channel, s.h * s.w);
+        }
         if constexpr (STRIDE == 1) {
           back.in[0] = by.in[0];
           back.out[0] = to;
           back.template convolve<1>();
         } else {
-          (s.left % 2 ? spread_plane<1, K> : spread_plane<0, K>)(by, map.weight[0], s.h, s.w, s.top, s.left, to);
+          (s.left % 2 ? spread_plane<1, K> : spread_plane<0, K>)(by, map.weight[0], s.h, s.w, s.top, s.left, to,
+                                                                 back.ahead);
         }
       }
       store_sums(acc, sums + (piece * blocks + c / L) * kBlock + c % L, L);

@@ -8,6 +8,12 @@ namespace convblocks::cpu {
 
 #define CONVBLOCKS_UNROLL _Pragma("GCC unroll 32")
 
+// What is fetched before a tile comes to its columns: out, and the rows [begin, end) of those that the window meets.
+struct Fetch {
+  bool out = false;
+  int64_t begin = 0, end = 0;
+};
+
 // out[t] = activation(sum over i < rows and j < taps of in[i][first + t * stride + j * step] * weight[i][j] + bias), for
 // t < count, in each channel; columns outside [0, width) count as zeros.
 template <class S, class D>
@@ -25,6 +31,7 @@ struct Row {
   int64_t out_pixel, count;
   bool add;  // to what stands in out
   Activation activation;
+  Fetch fetch = {};
   A* sums = nullptr;  // to which the results are added, a vector for each block of channels; or null
 };
 
@@ -52,6 +59,15 @@ CONVBLOCKS_LOOP inline void activate_tile(V (&acc)[T], Activation activation) {
   }
 }
 
+// Prefetches, of some columns, those whose turn it is with the channels from c to `stop`: fewer lines than are waited for at
+// a time, in the order in which they lie in memory.
+template <class E>
+CONVBLOCKS_LOOP inline void fetch_share(const E* from, int64_t pixel, int64_t columns, int64_t c, int64_t stop,
+                                        int64_t channels) {
+  for (int64_t t = columns * c / channels; t < columns * stop / channels; t++)
+    for (int64_t j = 0; j < channels; j += 64 / sizeof(E)) __builtin_prefetch(from + t * pixel + j);
+}
+
 // T columns from t0 on. K is the number of taps, of step 1, in a window with stride STRIDE; 0 where they are anything.
 template <class S, class D, int K, int STRIDE, int T>
 void convolve_tile(const Row<S, D>& r, int64_t t0, int64_t channels) {
@@ -72,6 +88,13 @@ void convolve_tile(const Row<S, D>& r, int64_t t0, int64_t channels) {
     for (int t = 0; t < T; t++) acc[t] = r.add && t < count ? load(out + t * r.out_pixel + channel) : start;
     const S* in = r.in + channel;
     const A* w = weights;
+    if (STRIDE > 0 && r.fetch.out) {
+      constexpr int kNext = T * STRIDE, kMet = std::max(K, STRIDE) - STRIDE;
+      const int64_t stop = std::min<int64_t>(c + L, channels), next = (first + kMet + kNext) * r.in_pixel;
+      for (int64_t i = r.fetch.begin; i < r.fetch.end; i++)
+        fetch_share(r.in + i * r.in_row + next, r.in_pixel, kNext, c, stop, channels);
+      fetch_share(out + T * r.out_pixel, r.out_pixel, T, c, stop, channels);
+    }
     for (int64_t i = 0; i < r.rows; i++, in += r.in_row, w += r.weight_row) {
       if constexpr (K > 0) {
         V tap[K];
@@ -117,13 +140,20 @@ void convolve_tile(const Row<S, D>& r, int64_t t0, int64_t channels) {
   }
 }
 
+template <class S, class D, int K, int STRIDE, int T>
+void convolve_tiles_of(const Row<S, D>& r, int64_t channels) {
+  int64_t t = 0;
+  if constexpr (kBytes == 64 && K >= 5) {  // registers for twice as many, whose sums do not wait for one another
+    for (; r.count - t > T; t += 2 * T) convolve_tile<S, D, K, STRIDE, 2 * T>(r, t, channels);
+  }
+  for (; t < r.count; t += T) convolve_tile<S, D, K, STRIDE, T>(r, t, channels);
+}
+
 template <class S, class D, int K, int STRIDE>
 void convolve_tiles(const Row<S, D>& r, int64_t channels) {
   const int64_t sevens = (r.count + 6) / 7 * 7, eights = (r.count + 7) / 8 * 8;
-  if (sevens <= eights)
-    for (int64_t t = 0; t < r.count; t += 7) convolve_tile<S, D, K, STRIDE, 7>(r, t, channels);
-  else
-    for (int64_t t = 0; t < r.count; t += 8) convolve_tile<S, D, K, STRIDE, 8>(r, t, channels);
+  sevens <= eights ? convolve_tiles_of<S, D, K, STRIDE, 7>(r, channels)
+                   : convolve_tiles_of<S, D, K, STRIDE, 8>(r, channels);
 }
 
 // Of `channels` channels, at least as many as a vector has lanes.
@@ -157,6 +187,7 @@ struct Correlation {
   A* grad_sums;                  // the sum of grad of each block, `sums_block` apart; or null
   int64_t rows, taps;
   int64_t first, stride, step, width, count;
+  int64_t rows_ahead = 0;  // how many rows after those are fetched
 };
 
 // T columns from t0 on, all of them there.
@@ -233,6 +264,8 @@ void correlate_row(const Correlation<S>& r, int64_t channels) {
   Acc<S>*sums = r.sums, *grad_sums = r.grad_sums;
   for (int64_t c = 0; c < channels; c += L, sums += r.sums_block) {
     const int64_t channel = std::min(c, channels - L);
+    for (int64_t i = 0; i < r.rows_ahead; i++)
+      fetch_share(r.in + (r.rows + i) * r.in_row, r.in_pixel, r.width, c, std::min<int64_t>(c + L, channels), channels);
     run(r, r.in + channel, r.grad + channel, sums);
     if (!grad_sums) continue;
     Vec<Acc<S>> total{};
