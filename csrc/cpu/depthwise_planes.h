@@ -58,7 +58,7 @@ class Ahead {
     const float* at;
     int64_t left, share;
   };
-  Plane planes_[4];
+  Plane planes_[3];
   int count_ = 0;
   int64_t pixels_ = 0;
 };
@@ -74,8 +74,8 @@ struct Planes {
   int64_t h, w, out_h, out_w, top, left;
   // `later`: of a whole plane, while it is in a cache. Rows that end in a part of a vector would take longer.
   Activation activation = Activation::none, later = Activation::none;
-  float* sums[P];  // of the results of each plane; or null
-  Ahead* ahead = nullptr;
+  float* sums[P];          // of the results of each plane; or null
+  Ahead* ahead = nullptr;  // where a vector is one plane's
 
 #if defined(__AVX512F__)
   // The lanes from `begin` to `end` of so many.
@@ -225,7 +225,7 @@ struct Planes {
     const VecF start = both([&](int p) { return bias[p]; });
     VecF total{};
     int64_t begin = 0, end = out_h;
-    if (ahead) ahead->start((out_w + kWidth - 1) / kWidth * ((out_h + kRows - 1) / kRows));
+    if (P == 1 && ahead) ahead->start((out_w + kWidth - 1) / kWidth * ((out_h + kRows - 1) / kRows));
     const auto columns = [&]<bool kWhole>(int64_t column, std::bool_constant<kWhole>) CONVBLOCKS_LOOP {
       const Mask written = lanes(0, out_w - column, kWidth);
       Masks mask;
@@ -248,7 +248,7 @@ struct Planes {
             for (int j = 0; j < K; j++) acc[r] += x[j] * tap[k * K + j];
           }
         }
-        if (ahead) ahead->step();
+        if (P == 1 && ahead) ahead->step();
         activate_tile(acc, activation);
         CONVBLOCKS_UNROLL
         for (int r = 0; r < kRows; r++) {
@@ -262,20 +262,24 @@ struct Planes {
         }
       }
     };
+    // The masks of a column serve all rows of a band. What the first cache does not keep until the next column is read in the
+    // order in which it lies.
 #if defined(__AVX512F__)
-    for (int64_t column = 0; column < out_w; column += kWidth) columns(column, std::false_type{});
+    int64_t band = out_h;
+    if (P == 1 && STRIDE == 2 && h * w > 8192) band = std::max<int64_t>(kRows, 4096 / (w * STRIDE) / kRows * kRows);
+    constexpr bool kAsks = false;
 #else
-    // Wide planes are read in the order in which they lie; of narrow ones the masks of a column serve all rows.
     const int64_t band = out_w > 4 * kWidth ? kRows : out_h;
+    constexpr bool kAsks = true;
+#endif
     for (; begin < out_h; begin += band) {
       end = std::min(out_h, begin + band);
       for (int64_t column = 0; column < out_w; column += kWidth) {
         const int64_t first = column * STRIDE - left;
-        const bool whole = first >= 0 && first + (kWidth - 1) * STRIDE + K + STRIDE <= w;
+        const bool whole = kAsks && first >= 0 && first + (kWidth - 1) * STRIDE + K + STRIDE <= w;
         whole ? columns(column, std::true_type{}) : columns(column, std::false_type{});
       }
     }
-#endif
     if (later != Activation::none) {
       const float sum = activate_plane();
       if (sums[0]) *sums[0] = sum;
@@ -304,7 +308,7 @@ void convolve_planes(const Context& context, const DepthwiseConv2dShape& s, cons
   const int64_t grain = std::max<int64_t>(1, 4096 / (pixels * P));
   const int64_t bytes = s.n * s.c * s.h * s.w * sizeof(float);
   const bool far = kBytes == 64 && exceeds_caches(bytes);
-  const bool fetch = leaves_second_caches(bytes + s.n * planes * pixels * sizeof(float));
+  const bool fetch = P == 1 && leaves_second_caches(bytes + s.n * planes * pixels * sizeof(float));
   // A plane is made in the first cache where it goes from there past the others, or an activation is done on the way.
   const bool apart = P == 1 && !sums && pixels <= 8192 && (far || takes_call(activation));
   parallel_for(context, s.n * groups, grain, [&](int64_t begin, int64_t end) {
@@ -318,7 +322,7 @@ void convolve_planes(const Context& context, const DepthwiseConv2dShape& s, cons
     group.later = later && !apart ? activation : Activation::none;
     for (int64_t i = begin; i < end; i++) {
       const int64_t sample = i / groups;
-      ahead.clear();
+      if (fetch) ahead.clear();
       CONVBLOCKS_UNROLL
       for (int p = 0; p < P; p++) {
         const int64_t plane = std::min(i % groups * P + p, planes - 1);  // an odd last one is computed twice
