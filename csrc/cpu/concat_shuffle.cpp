@@ -57,6 +57,15 @@ CONVBLOCKS_LOOP inline void copy_past_caches(char* to, const char* from, int64_t
   if (i < bytes) std::memcpy(to + bytes - kBytes, from + bytes - kBytes, kBytes);
 }
 
+// At least one vector, and few: that takes less time than the call of memcpy. The last one may overlap another.
+CONVBLOCKS_LOOP inline void copy_few_vectors(char* to, const char* from, int64_t bytes) {
+  const auto copy = [=](int64_t i) CONVBLOCKS_LOOP {
+    store(reinterpret_cast<float*>(to + i), load(reinterpret_cast<const float*>(from + i)));
+  };
+  for (int64_t i = 0; i + kBytes <= bytes; i += kBytes) copy(i);
+  if (bytes % kBytes) copy(bytes - kBytes);
+}
+
 #if __has_builtin(__builtin_shufflevector)
 template <class T, int N>
 struct Lanes {
@@ -225,6 +234,8 @@ void shuffle_planes(const Context& context, const ShuffleArgs& a, int64_t size) 
       const char* from = a.back ? whole : part;
       if (far && bytes >= kBytes)
         copy_past_caches(to, from, bytes);
+      else if (bytes >= kBytes && bytes <= 1024)
+        copy_few_vectors(to, from, bytes);
       else
         std::memcpy(to, from, bytes);
       if (++c == a.c) c = 0, sample++;
