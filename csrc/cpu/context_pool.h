@@ -23,7 +23,7 @@ class ContextPool {
   ContextPool(const Context& context, int64_t n, int64_t c, int64_t hw, const Map& x, const A* weight, A bias,
               A* memory, bool whole)
       : chunks(c, hw, x.pixel == 1), c_(c), hw_(hw), x_(x), weight_(weight), bias_(bias), whole_(whole && weight),
-        fetch_(x.pixel == 1 && exceeds_caches(n * c * hw * sizeof(T))), online_(online()) {
+        fetch_(leaves_second_caches(2 * n * c * hw * sizeof(T))), online_(online()) {
     const auto take = [&](int64_t size) { return static_cast<A*>(context.workspace(context, size * sizeof(A))); };
     contexts = memory ? memory : take(n * (c + (weight ? hw : 0)));
     attention_ = contexts + n * c;
@@ -188,7 +188,8 @@ class ContextPool {
         },
         [=, this](int64_t p, int64_t count, const A* weights) {
           by_rows<L>(count, [=, this]<int S>(int64_t j, std::integral_constant<int, S>) CONVBLOCKS_LOOP {
-            if (p + count + j + S <= last) fetch_rows(x + (p + count + j) * step, step, S, c_);  // those pooled next
+            if (fetch_ && p + count + j + S <= last)
+              fetch_rows(x + (p + count + j) * step, step, S, c_);  // those pooled next
             add_rows<S>(x + (p + j) * step, weights + j, out);
           });
         });
@@ -267,7 +268,7 @@ class ContextPool {
   const A* const weight_;
   const A bias_;
   const bool whole_;
-  const bool fetch_;  // maps so large that little of them is in the last cache, which others use, too
+  const bool fetch_;
   const int64_t online_;
   A *attention_, *work_;
 };
