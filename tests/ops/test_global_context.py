@@ -66,6 +66,23 @@ def test_logits_that_rise_and_fall(rise: int, layout: str, backend: str, device:
 
 
 @both_layouts
+@pytest.mark.parametrize("sign", [1, -1])
+def test_largest_logits_of_half_precision(sign: int, layout: str, backend: str, device: str) -> None:
+    """Of 60000 and -60000: neither their exponentials nor their differences are float16's."""
+    info = OPS["global_context"]
+    sample = info.sample((2, 8, 40, 31), dtype=torch.float16, layout=layout, device=device)
+    x, attn_weight = sample.args[:2]
+    with torch.no_grad():
+        x[:, 0] = -60000
+        x[:, 0, 5:21] = 60000
+        attn_weight.zero_().flatten()[0] = sign
+    grad = info.gradient(sample) / 8  # those of the layers would else be too large for float16
+    results = run(info.op, sample, grad)
+    assert all(r.isfinite().all() for r in results)
+    assert not accuracy(info, sample, results, grad)
+
+
+@both_layouts
 def test_logits_of_no_attention(layout: str, backend: str, device: str) -> None:
     """They overflow to -Inf in so many pixels that some chunks have no others."""
     info = OPS["global_context"]
