@@ -45,7 +45,7 @@ struct LastCache {
   }
 };
 
-// What CONVBLOCKS_CACHE_BYTES says, a number, that caches hold: for a process that has a part of them, and for tests.
+// What CONVBLOCKS_CACHE_BYTES says, a number, that caches hold at most: for a process that has a part of them, and for tests.
 inline std::optional<int64_t> given_caches() {
   const char* given = std::getenv("CONVBLOCKS_CACHE_BYTES");
   if (!given) return {};
@@ -54,27 +54,32 @@ inline std::optional<int64_t> given_caches() {
   return end != given && !*end && bytes >= 0 ? std::optional<int64_t>(bytes) : std::nullopt;
 }
 
-// What all caches of the second level hold, and all of the machine. The same for any number of threads, as what is summed
-// while it is written depends on it.
-inline int64_t second_caches() {
-  static const int64_t bytes = given_caches().value_or(std::max<int64_t>(sysconf(_SC_LEVEL2_CACHE_SIZE), 1 << 20) *
-                                                       std::max<int64_t>(sysconf(_SC_NPROCESSORS_ONLN), 1));
-  return bytes;
-}
+// What all caches of the machine hold. The same for any number of threads, as what is summed while it is written depends on
+// it.
 inline int64_t caches() {
   static const int64_t bytes = given_caches().value_or([] {
     const LastCache last;
     const int64_t processors = std::max<int64_t>(sysconf(_SC_NPROCESSORS_ONLN), 1);
-    return std::max(last.bytes * ((processors + last.sharers - 1) / last.sharers), second_caches());
+    const int64_t second = std::max<int64_t>(sysconf(_SC_LEVEL2_CACHE_SIZE), 1 << 20);
+    return std::max(last.bytes * ((processors + last.sharers - 1) / last.sharers), second * processors);
   }());
+  return bytes;
+}
+
+// What the cache of the second level of one processor holds.
+inline int64_t second_cache() {
+  static const int64_t bytes = [] {
+    const int64_t own = sysconf(_SC_LEVEL2_CACHE_SIZE);
+    return std::min(own > 0 ? own : 1 << 20, given_caches().value_or(INT64_MAX));
+  }();
   return bytes;
 }
 
 // Whether a map of so many bytes and a second one of the same size are larger than the caches.
 inline bool exceeds_caches(int64_t bytes) { return 2 * bytes > caches(); }
 
-// Whether of maps that take so many bytes together little is left in the caches of the second level: what is not read or
-// written in the order in which it lies has to be fetched early.
-inline bool leaves_second_caches(int64_t bytes) { return bytes > 4 * second_caches(); }
+// Whether of maps that take so many bytes together little is left in the caches of the second level that so many threads
+// have: what is not read or written in the order in which it lies has to be fetched early. Results do not depend on it.
+inline bool leaves_second_caches(int64_t bytes, int64_t threads) { return bytes / 4 > second_cache() * threads; }
 
 }  // namespace convblocks::cpu

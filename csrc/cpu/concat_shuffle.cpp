@@ -234,7 +234,7 @@ void shuffle_planes(const Context& context, const ShuffleArgs& a, int64_t size) 
       const char* from = a.back ? whole : part;
       if (far && bytes >= kBytes)
         copy_past_caches(to, from, bytes);
-      else if (bytes >= kBytes && bytes <= 1024)
+      else if (bytes >= kBytes && bytes <= 16 * kBytes)
         copy_few_vectors(to, from, bytes);
       else
         std::memcpy(to, from, bytes);

@@ -23,7 +23,7 @@ class ContextPool {
   ContextPool(const Context& context, int64_t n, int64_t c, int64_t hw, const Map& x, const A* weight, A bias,
               A* memory, bool whole)
       : chunks(c, hw, x.pixel == 1), c_(c), hw_(hw), x_(x), weight_(weight), bias_(bias), whole_(whole && weight),
-        fetch_(leaves_second_caches(2 * n * c * hw * sizeof(T))), online_(online()) {
+        fetch_(leaves_second_caches(2 * n * c * hw * sizeof(T), context.threads)), online_(online()) {
     const auto take = [&](int64_t size) { return static_cast<A*>(context.workspace(context, size * sizeof(A))); };
     contexts = memory ? memory : take(n * (c + (weight ? hw : 0)));
     attention_ = contexts + n * c;

@@ -71,14 +71,13 @@ struct Depthwise {
             activation};
   }
 
-  // Whether maps as large as x, and one as large as the result, leave little of each other in the nearer caches.
+  // Whether so many maps as large as x, and one as large as the result, leave little of each other in the nearer caches.
   bool fetches(int64_t maps) const {
-    return leaves_second_caches(
-        (maps * shape.c * shape.h * shape.w + shape.c * shape.multiplier * shape.out_h * shape.out_w) * shape.n *
-        sizeof(T));
+    const int64_t pixels = maps * shape.h * shape.w + shape.multiplier * shape.out_h * shape.out_w;
+    return leaves_second_caches(shape.n * shape.c * pixels * sizeof(T), context.threads);
   }
-  // The rows that the window has not met before.
-  Fetch new_rows(int64_t rows) const { return {true, std::max<int64_t>(0, rows - shape.stride_h), rows}; }
+  // Of the rows that a window meets, those that the one above did not.
+  Fetch new_rows(int64_t met, bool out) const { return {out, std::max<int64_t>(0, met - shape.stride_h), met}; }
 
   // --- in channels_last: the channels of `part` of `parts`, in whole vectors, of which the last may overlap another ---
 

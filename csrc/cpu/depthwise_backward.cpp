@@ -90,7 +90,10 @@ struct Backward : Depthwise<T> {
 
   void backward_in_place(const Map& grad, const Map& x, const Map& grad_x, int64_t cut, A* sums) const {
     const int64_t items = chunks() * cut;
-    const bool fetch = fetches(2), active = activation != Activation::none;
+    // With an activation both maps are read before, and what becomes of them is in a near cache.
+    const bool fetch = fetches(2), active = activation != Activation::none, fetch_read = fetch && !active;
+    [[maybe_unused]] const int64_t ahead =
+        fetch_read && shape.stride_h <= shape.kernel_h && shape.dilation_h == 1 ? shape.stride_h : 0;
     int64_t inner_pixels = 0;
     for (int64_t i = 0; active && i < cut; i++) {
       const Needed r = needed(i, cut);
@@ -121,7 +124,7 @@ struct Backward : Depthwise<T> {
               };
               for (int64_t in_row = b.in_first; in_row < b.in_stop; in_row++) {
                 backward_row(in_row, g, g_first, g_pixel, packed, at(grad_x, sample) + in_row * shape.w * grad_x.pixel,
-                             grad_x.pixel, p.channels, false, {fetch, 0, fetch && !active});
+                             grad_x.pixel, p.channels, false, {fetch, 0, fetch_read ? 1 : 0});
                 weights(std::min(b.out_stop, in_row * shape.out_h / shape.h));
               }
               weights(b.out_stop);
@@ -188,7 +191,7 @@ struct Backward : Depthwise<T> {
                          int64_t grad_pixel, A* to, int64_t channels, bool fetch = false) const {
     auto r = forward_row(row, in, in_first, in_pixel, packed, to, channels);
     r.activation = Activation::none;
-    if (fetch) r.fetch = new_rows(r.rows);
+    if (fetch) r.fetch = new_rows(r.rows, false);
     convolve_row(r, channels);
     const int64_t rows = grad_pixel == channels ? 1 : shape.out_w, size = shape.out_w * channels / rows;
     for (int64_t i = 0; i < rows; i++, to += channels, grad += grad_pixel) {

@@ -27,7 +27,7 @@ struct Forward : Depthwise<T> {
                       auto r = forward_row(row, in, 0, x.pixel, packed, to, y.pixel);
                       if (later) r.activation = Activation::none;
                       r.sums = sums ? memory : nullptr;
-                      if (fetch) r.fetch = new_rows(r.rows);
+                      if (fetch) r.fetch = new_rows(r.rows, true);
                       convolve_with_sums(r, p.channels, own, p.blocks);
                       if (later) activate_row(to, y.pixel, p.channels);
                     }

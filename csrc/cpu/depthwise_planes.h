@@ -32,8 +32,8 @@ inline bool has_finite_weights(const DepthwiseConv2dShape& s, const float* weigh
   return reduce_plane<float, 1>(s.c * s.multiplier * s.kernel_h * s.kernel_w, zeros)[0] == 0;
 }
 
-// Planes that are worked on later, fetched a little at every step of the work on others: narrow planes, and all with AVX-512,
-// are walked down their columns, which processors do not foresee.
+// Planes that are worked on later, fetched a little at every step of the work on others. Most are walked down their columns,
+// which processors do not foresee; of none they foresee the next one.
 class Ahead {
  public:
   void add(const float* plane, int64_t pixels) { planes_[count_++] = {plane, pixels, 0}, pixels_ += pixels; }
@@ -53,7 +53,8 @@ class Ahead {
   }
 
  private:
-  static constexpr int64_t kLine = 64 / sizeof(float), kNear = 8192;  // pixels for which the first cache has room
+  static constexpr int64_t kLine = 64 / sizeof(float),
+                           kNear = 8192;  // pixels that go into the first cache, as measured
   struct Plane {
     const float* at;
     int64_t left, share;
@@ -262,8 +263,8 @@ struct Planes {
         }
       }
     };
-    // The masks of a column serve all rows of a band. What the first cache does not keep until the next column is read in the
-    // order in which it lies.
+    // The masks of a column serve all rows of a band. Bands are for planes of which the first cache keeps too little until
+    // the next column: with AVX-512, those of stride 2 (a vector passes twice as many columns).
 #if defined(__AVX512F__)
     int64_t band = out_h;
     if (P == 1 && STRIDE == 2 && h * w > 8192) band = std::max<int64_t>(kRows, 4096 / (w * STRIDE) / kRows * kRows);
@@ -308,7 +309,7 @@ void convolve_planes(const Context& context, const DepthwiseConv2dShape& s, cons
   const int64_t grain = std::max<int64_t>(1, 4096 / (pixels * P));
   const int64_t bytes = s.n * s.c * s.h * s.w * sizeof(float);
   const bool far = kBytes == 64 && exceeds_caches(bytes);
-  const bool fetch = P == 1 && leaves_second_caches(bytes + s.n * planes * pixels * sizeof(float));
+  const bool fetch = P == 1 && leaves_second_caches(bytes + s.n * planes * pixels * sizeof(float), context.threads);
   // A plane is made in the first cache where it goes from there past the others, or an activation is done on the way.
   const bool apart = P == 1 && !sums && pixels <= 8192 && (far || takes_call(activation));
   parallel_for(context, s.n * groups, grain, [&](int64_t begin, int64_t end) {

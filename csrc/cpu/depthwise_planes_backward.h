@@ -207,7 +207,7 @@ void planes_backward(const Context& context, const DepthwiseConv2dShape& s, cons
   constexpr int64_t L = kLanes<float>, kBlock = (K * K + 1) * L;
   const int64_t pieces = (s.n + samples - 1) / samples, blocks = (s.c + L - 1) / L, pixels = s.out_h * s.out_w;
   const bool active = activation != Activation::none;
-  const bool fetch = leaves_second_caches(s.n * s.c * (2 * s.h * s.w + pixels) * sizeof(float));
+  const bool fetch = leaves_second_caches(s.n * s.c * (2 * s.h * s.w + pixels) * sizeof(float), context.threads);
   const int64_t bands = std::clamp<int64_t>(pixels / kPlanePiece, 1, s.out_h);
   const int64_t grain = std::max<int64_t>(1, 4096 / (pixels * samples));
   parallel_for(context, pieces * s.c, grain, [&](int64_t begin, int64_t end) {

@@ -12,6 +12,7 @@ namespace convblocks::cpu {
 struct Fetch {
   bool out = false;
   int64_t begin = 0, end = 0;
+  bool any() const { return out || begin < end; }
 };
 
 // out[t] = activation(sum over i < rows and j < taps of in[i][first + t * stride + j * step] * weight[i][j] + bias), for
@@ -59,14 +60,9 @@ CONVBLOCKS_LOOP inline void activate_tile(V (&acc)[T], Activation activation) {
   }
 }
 
-// Prefetches, of some columns, those whose turn it is with the channels from c to `stop`: fewer lines than are waited for at
-// a time, in the order in which they lie in memory.
-template <class E>
-CONVBLOCKS_LOOP inline void fetch_share(const E* from, int64_t pixel, int64_t columns, int64_t c, int64_t stop,
-                                        int64_t channels) {
-  for (int64_t t = columns * c / channels; t < columns * stop / channels; t++)
-    for (int64_t j = 0; j < channels; j += 64 / sizeof(E)) __builtin_prefetch(from + t * pixel + j);
-}
+// How many columns those of T results meet: sums are in registers where compilers unroll the loop over them.
+constexpr int tile_columns(int k, int stride, int t) { return (t - 1) * stride + k; }
+constexpr int kMostUnrolled = 32;
 
 // T columns from t0 on. K is the number of taps, of step 1, in a window with stride STRIDE; 0 where they are anything.
 template <class S, class D, int K, int STRIDE, int T>
@@ -74,11 +70,14 @@ void convolve_tile(const Row<S, D>& r, int64_t t0, int64_t channels) {
   using A = Acc<S>;
   using V = Vec<A>;
   constexpr int L = kLanes<S>;
+  constexpr int kColumns = tile_columns(K, STRIDE, T);
+  static_assert(kColumns <= kMostUnrolled);
   const int count = static_cast<int>(std::min<int64_t>(T, r.count - t0));
   const int64_t first = r.first + t0 * r.stride;
   const A *weights = r.weight, *bias = r.bias;
   A* sums = r.sums;
   D* const out = r.out + t0 * r.out_pixel;
+  int64_t fetched = 0;
   for (int64_t c = 0; c < channels; c += L, weights += r.weight_block) {
     const int64_t channel = std::min(c, channels - L);  // the last block overlaps the one before
     V acc[T];
@@ -88,12 +87,14 @@ void convolve_tile(const Row<S, D>& r, int64_t t0, int64_t channels) {
     for (int t = 0; t < T; t++) acc[t] = r.add && t < count ? load(out + t * r.out_pixel + channel) : start;
     const S* in = r.in + channel;
     const A* w = weights;
-    if (STRIDE > 0 && r.fetch.out) {
-      constexpr int kNext = T * STRIDE, kMet = std::max(K, STRIDE) - STRIDE;
-      const int64_t stop = std::min<int64_t>(c + L, channels), next = (first + kMet + kNext) * r.in_pixel;
+    if (STRIDE > 0 && r.fetch.any()) {  // of the next tile, as it lies, what is this block's share of it
+      constexpr int kMet = std::max(K, STRIDE) - STRIDE;
+      const int64_t stop = T * std::min<int64_t>(c + L, channels) / channels, some = stop - fetched;
+      const int64_t next = (first + kMet + (T + fetched) * STRIDE) * r.in_pixel;
       for (int64_t i = r.fetch.begin; i < r.fetch.end; i++)
-        fetch_share(r.in + i * r.in_row + next, r.in_pixel, kNext, c, stop, channels);
-      fetch_share(out + T * r.out_pixel, r.out_pixel, T, c, stop, channels);
+        fetch_rows(r.in + i * r.in_row + next, r.in_pixel, some * STRIDE, channels);
+      if (r.fetch.out) fetch_rows(out + (T + fetched) * r.out_pixel, r.out_pixel, some, channels);
+      fetched = stop;
     }
     for (int64_t i = 0; i < r.rows; i++, in += r.in_row, w += r.weight_row) {
       if constexpr (K > 0) {
@@ -101,7 +102,7 @@ void convolve_tile(const Row<S, D>& r, int64_t t0, int64_t channels) {
         CONVBLOCKS_UNROLL
         for (int j = 0; j < K; j++) tap[j] = load(w + j * r.weight_tap);
         CONVBLOCKS_UNROLL
-        for (int column = 0; column < (T - 1) * STRIDE + K; column++) {
+        for (int column = 0; column < kColumns; column++) {
           if (static_cast<uint64_t>(first + column) >= static_cast<uint64_t>(r.width)) continue;
           const V x = load(in + (first + column) * r.in_pixel);
           CONVBLOCKS_UNROLL
@@ -143,7 +144,9 @@ void convolve_tile(const Row<S, D>& r, int64_t t0, int64_t channels) {
 template <class S, class D, int K, int STRIDE, int T>
 void convolve_tiles_of(const Row<S, D>& r, int64_t channels) {
   int64_t t = 0;
-  if constexpr (kBytes == 64 && K >= 5) {  // registers for twice as many, whose sums do not wait for one another
+  if constexpr (kBytes == 64 && K >= 5 &&
+                tile_columns(K, STRIDE, 2 * T) <=
+                    kMostUnrolled) {  // registers for twice as many, whose sums do not wait for one another
     for (; r.count - t > T; t += 2 * T) convolve_tile<S, D, K, STRIDE, 2 * T>(r, t, channels);
   }
   for (; t < r.count; t += T) convolve_tile<S, D, K, STRIDE, T>(r, t, channels);
@@ -262,10 +265,13 @@ void correlate_row(const Correlation<S>& r, int64_t channels) {
     if (r.taps == 7) run = correlate_block<S, 7, 2>;
   }
   Acc<S>*sums = r.sums, *grad_sums = r.grad_sums;
+  int64_t fetched = 0;
   for (int64_t c = 0; c < channels; c += L, sums += r.sums_block) {
     const int64_t channel = std::min(c, channels - L);
+    const int64_t stop = r.rows_ahead ? r.width * std::min<int64_t>(c + L, channels) / channels : 0;
     for (int64_t i = 0; i < r.rows_ahead; i++)
-      fetch_share(r.in + (r.rows + i) * r.in_row, r.in_pixel, r.width, c, std::min<int64_t>(c + L, channels), channels);
+      fetch_rows(r.in + (r.rows + i) * r.in_row + fetched * r.in_pixel, r.in_pixel, stop - fetched, channels);
+    fetched = stop;
     run(r, r.in + channel, r.grad + channel, sums);
     if (!grad_sums) continue;
     Vec<Acc<S>> total{};

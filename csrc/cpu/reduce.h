@@ -194,4 +194,13 @@ CONVBLOCKS_LOOP inline void reduce_rows(const Team& team, int64_t pixels, int64_
   });
 }
 
+// Fetches rows that are read or written soon, after others. In place: of a function that does nothing else compilers leave
+// out the call.
+template <class T>
+CONVBLOCKS_LOOP inline void fetch_rows(const T* from, int64_t step, int64_t rows, int64_t length) {
+  for (int64_t p = 0; p < rows; p++) {
+    for (int64_t i = 0; i < length; i += 64 / sizeof(T)) __builtin_prefetch(from + p * step + i);
+  }
+}
+
 }  // namespace convblocks::cpu

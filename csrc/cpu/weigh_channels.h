@@ -61,12 +61,4 @@ void weigh_channels(const T* x, const Map& map, int64_t pixels, int64_t c, const
   by_rows<L>(pixels, rows);
 }
 
-// Fetches the channels of some pixels that are read soon, after others.
-template <class T>
-CONVBLOCKS_LOOP inline void fetch_rows(const T* from, int64_t step, int64_t pixels, int64_t c) {
-  for (int64_t p = 0; p < pixels; p++) {
-    for (int64_t i = 0; i < c; i += 64 / sizeof(T)) __builtin_prefetch(from + p * step + i);
-  }
-}
-
 }  // namespace convblocks::cpu

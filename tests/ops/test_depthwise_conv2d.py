@@ -40,6 +40,7 @@ def test_forms_of_the_numbers(backend: str, device: str) -> None:
     ("kernel", "stride", "dilation", "width"),
     [
         *((3, 1, 1, 29), (3, 2, 1, 30), (5, 2, 1, 15), (7, 1, 1, 23), (3, 1, 2, 15), (5, 2, 3, 22)),
+        *((5, 1, 1, 14), (5, 1, 1, 31), (5, 2, 1, 27), (5, 2, 1, 31), (7, 2, 1, 28), (7, 2, 1, 31)),
         (9 if SLOW else 31, 1, 1, 17),
     ],
 )
@@ -100,7 +101,7 @@ def test_planes(
     kernel: int, channels: int, stride: int, activation: str, strange: str | None, backend: str, device: str
 ) -> None:
     """As in float64, which has no such way, also of what is not finite."""
-    for height, width in ((5, 17), (60, 47), (112, 64)):
+    for height, width in ((5, 17), (60, 47), (112, 80)):
         results = []
         values = {
             "x": torch.randn(2, channels, height, width, device=device),
