@@ -60,7 +60,7 @@ CONVBLOCKS_LOOP inline void activate_tile(V (&acc)[T], Activation activation) {
   }
 }
 
-// How many columns those of T results meet: sums are in registers where compilers unroll the loop over them.
+// How many columns t results meet. CONVBLOCKS_UNROLL unrolls the loop over so many at most: else sums are in memory.
 constexpr int tile_columns(int k, int stride, int t) { return (t - 1) * stride + k; }
 constexpr int kMostUnrolled = 32;
 
@@ -144,9 +144,8 @@ void convolve_tile(const Row<S, D>& r, int64_t t0, int64_t channels) {
 template <class S, class D, int K, int STRIDE, int T>
 void convolve_tiles_of(const Row<S, D>& r, int64_t channels) {
   int64_t t = 0;
-  if constexpr (kBytes == 64 && K >= 5 &&
-                tile_columns(K, STRIDE, 2 * T) <=
-                    kMostUnrolled) {  // registers for twice as many, whose sums do not wait for one another
+  // Registers for twice as many, whose sums do not wait for one another.
+  if constexpr (kBytes == 64 && K >= 5 && tile_columns(K, STRIDE, 2 * T) <= kMostUnrolled) {
     for (; r.count - t > T; t += 2 * T) convolve_tile<S, D, K, STRIDE, 2 * T>(r, t, channels);
   }
   for (; t < r.count; t += T) convolve_tile<S, D, K, STRIDE, T>(r, t, channels);
