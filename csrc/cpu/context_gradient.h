@@ -53,7 +53,7 @@ struct ContextGradient {
   using A = Acc<T>;
   Map x, grad, grad_x;
   int64_t sample, c;
-  bool far;
+  bool far, fetch;
   const A *scale, *context, *grad_context, *weight;
 
   // From attention and dz to grad_x of a channel; returns its share in the gradient of the attention's weight.
@@ -124,7 +124,7 @@ void context_gradient(const Team& team, const Chunks<T>& chunks, const ContextGr
   const bool planes = gradient.x.pixel == 1;
   constexpr int L = kLanes<T>;
   const int64_t rows_bytes = L * c * sizeof(T);
-  const bool fetch = rows_bytes <= 16 << 10;  // the next rows, where the first cache holds them, too
+  const bool fetch = gradient.fetch && rows_bytes <= 16 << 10;  // the next rows, where the first cache holds them, too
   const int64_t rows = rows_bytes <= 32 << 10 ? L : 4;
   // Of planes, little enough that the second cache holds it between its two reads, if that leaves long pieces.
   const bool few = planes && chunks.length * c * sizeof(T) <= 256 << 10;
