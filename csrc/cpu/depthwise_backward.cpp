@@ -92,8 +92,7 @@ struct Backward : Depthwise<T> {
     const int64_t items = chunks() * cut;
     // With an activation both maps are read before, and what becomes of them is in a near cache.
     const bool fetch = fetches(2), active = activation != Activation::none, fetch_read = fetch && !active;
-    [[maybe_unused]] const int64_t ahead =
-        fetch_read && shape.stride_h <= shape.kernel_h && shape.dilation_h == 1 ? shape.stride_h : 0;
+    const int64_t ahead = fetch_read && shape.stride_h <= shape.kernel_h && shape.dilation_h == 1 ? shape.stride_h : 0;
     int64_t inner_pixels = 0;
     for (int64_t i = 0; active && i < cut; i++) {
       const Needed r = needed(i, cut);
@@ -120,7 +119,7 @@ struct Backward : Depthwise<T> {
               const auto weights = [&](int64_t until) {  // while the rows that they need are in a cache
                 for (; row < until; row++)
                   weight_row(row, in, 0, x.pixel, g + (row - g_first) * shape.out_w * g_pixel, g_pixel, own, p.channels,
-                             fetch && !active ? shape.stride_h : 0);
+                             ahead);
               };
               for (int64_t in_row = b.in_first; in_row < b.in_stop; in_row++) {
                 backward_row(in_row, g, g_first, g_pixel, packed, at(grad_x, sample) + in_row * shape.w * grad_x.pixel,

@@ -32,6 +32,8 @@ inline bool has_finite_weights(const DepthwiseConv2dShape& s, const float* weigh
   return reduce_plane<float, 1>(s.c * s.multiplier * s.kernel_h * s.kernel_w, zeros)[0] == 0;
 }
 
+constexpr int64_t kNearPixels = 8192;  // of planes that the first cache serves, as measured
+
 // Planes that are worked on later, fetched a little at every step of the work on others. Most are walked down their columns,
 // which processors do not foresee; of none they foresee the next one.
 class Ahead {
@@ -47,14 +49,13 @@ class Ahead {
     for (int i = 0; i < count_; i++) {
       auto& [at, left, share] = planes_[i];
       for (int64_t p = 0; p < std::min(left, share); p += kLine)
-        pixels_ <= kNear ? __builtin_prefetch(at + p, 0, 3) : __builtin_prefetch(at + p, 0, 2);
+        pixels_ <= kNearPixels ? __builtin_prefetch(at + p, 0, 3) : __builtin_prefetch(at + p, 0, 2);
       at += share, left -= share;
     }
   }
 
  private:
-  static constexpr int64_t kLine = 64 / sizeof(float),
-                           kNear = 8192;  // pixels that go into the first cache, as measured
+  static constexpr int64_t kLine = 64 / sizeof(float);
   struct Plane {
     const float* at;
     int64_t left, share;
@@ -267,7 +268,8 @@ struct Planes {
     // the next column: with AVX-512, those of stride 2 (a vector passes twice as many columns).
 #if defined(__AVX512F__)
     int64_t band = out_h;
-    if (P == 1 && STRIDE == 2 && h * w > 8192) band = std::max<int64_t>(kRows, 4096 / (w * STRIDE) / kRows * kRows);
+    if (P == 1 && STRIDE == 2 && h * w > kNearPixels)
+      band = std::max<int64_t>(kRows, kNearPixels / 2 / (w * STRIDE) / kRows * kRows);
     constexpr bool kAsks = false;
 #else
     const int64_t band = out_w > 4 * kWidth ? kRows : out_h;
@@ -311,7 +313,7 @@ void convolve_planes(const Context& context, const DepthwiseConv2dShape& s, cons
   const bool far = kBytes == 64 && exceeds_caches(bytes);
   const bool fetch = P == 1 && leaves_second_caches(bytes + s.n * planes * pixels * sizeof(float), context.threads);
   // A plane is made in the first cache where it goes from there past the others, or an activation is done on the way.
-  const bool apart = P == 1 && !sums && pixels <= 8192 && (far || takes_call(activation));
+  const bool apart = P == 1 && !sums && pixels <= kNearPixels && (far || takes_call(activation));
   parallel_for(context, s.n * groups, grain, [&](int64_t begin, int64_t end) {
     const Scratch<float> scratch(apart ? pixels : 1);
     Planes<P, K> group;

@@ -180,55 +180,54 @@ void backward(const Context& context, const GlobalContextBackwardArgs& a) {
   A *const grad_contexts = scales + n * c, *const attention = grad_contexts + n * c;
   const bool far = exceeds_caches(n * c * hw * sizeof(T));
   const bool fetch = leaves_second_caches(3 * n * c * hw * sizeof(T), context.threads);
-  for_each_group(context, n, group_size<T>(2 * c * hw, 2 * c * (scale.r + add.r)), 2 * c * hw,
-                 [&](int64_t first, int64_t count, const Team& team) __attribute__((noinline)) {
-                   A *const gates = scales + first * c, *const by_context = grad_contexts + first * c,
-                            *const pooled = pool.contexts + first * c;
-                   for (int64_t i = first; i < first + count; i++) {
-                     chunks.each(team, 3 * c, [&](int64_t chunk, int64_t some) {
-                       if (!a.memory) pool.pool(i, chunk, some);
-                       sums.sum(i, chunk, some);
-                     });
-                     if (!a.memory) pool.merge(i);
-                     sums.merge(i);
-                   }
-                   std::fill_n(by_context, count * c, A(0));
-                   if (scale.r) {
-                     A* const logits = scale.grad_out + first * c;
-                     scale.forward(first, count, pooled, logits, c, c);
-                     for (int64_t i = 0; i < count; i++) {
-                       const A* const products = sums.products(first + i);
-                       for_lanes<A>(c, [=, gate = w.gate](int64_t j, auto lanes) CONVBLOCKS_LOOP {
-                         const Vec<A> logit = load(logits + i * c + j, lanes), gated = apply_gate(logit, gate);
-                         store(gates + i * c + j, gated, lanes);
-                         store(logits + i * c + j, gate_backward(load(products + j, lanes), logit, gated, gate), lanes);
-                       });
-                     }
-                     scale.backward(first, count, by_context, c);
-                   } else {
-                     std::fill_n(gates, count * c, A(1));
-                   }
-                   if (add.r) {
-                     A* const grad_out = add.grad_out + first * c;
-                     add.forward(first, count, pooled, grad_out, c, c);
-                     for (int64_t i = 0; i < count; i++) std::copy_n(sums.grads(first + i), c, grad_out + i * c);
-                     add.backward(first, count, by_context, c);
-                   }
-                   for (int64_t i = 0; i < count; i++) {
-                     A* const gc = by_context + i * c;
-                     if (weight) {
-                       const auto sample = pool.sample(first + i);
-                       context_gradient<T>(
-                           team, chunks,
-                           {a.x, a.grad, a.grad_x, first + i, c, far, fetch, gates + i * c, sample.context, gc, weight},
-                           sample.attention, attention + (first + i) * shares);
-                     } else {
-                       for_lanes<A>(c,
-                                    [=](int64_t j, auto lanes) { store(gc + j, load(gc + j, lanes) / A(hw), lanes); });
-                       scale_and_shift<T>(team, a.grad, a.grad_x, first + i, c, hw, far, gates + i * c, gc);
-                     }
-                   }
-                 });
+  for_each_group(
+      context, n, group_size<T>(2 * c * hw, 2 * c * (scale.r + add.r)), 2 * c * hw,
+      [&](int64_t first, int64_t count, const Team& team) __attribute__((noinline)) {
+        A *const gates = scales + first * c, *const by_context = grad_contexts + first * c,
+                 *const pooled = pool.contexts + first * c;
+        for (int64_t i = first; i < first + count; i++) {
+          chunks.each(team, 3 * c, [&](int64_t chunk, int64_t some) {
+            if (!a.memory) pool.pool(i, chunk, some);
+            sums.sum(i, chunk, some);
+          });
+          if (!a.memory) pool.merge(i);
+          sums.merge(i);
+        }
+        std::fill_n(by_context, count * c, A(0));
+        if (scale.r) {
+          A* const logits = scale.grad_out + first * c;
+          scale.forward(first, count, pooled, logits, c, c);
+          for (int64_t i = 0; i < count; i++) {
+            const A* const products = sums.products(first + i);
+            for_lanes<A>(c, [=, gate = w.gate](int64_t j, auto lanes) CONVBLOCKS_LOOP {
+              const Vec<A> logit = load(logits + i * c + j, lanes), gated = apply_gate(logit, gate);
+              store(gates + i * c + j, gated, lanes);
+              store(logits + i * c + j, gate_backward(load(products + j, lanes), logit, gated, gate), lanes);
+            });
+          }
+          scale.backward(first, count, by_context, c);
+        } else {
+          std::fill_n(gates, count * c, A(1));
+        }
+        if (add.r) {
+          A* const grad_out = add.grad_out + first * c;
+          add.forward(first, count, pooled, grad_out, c, c);
+          for (int64_t i = 0; i < count; i++) std::copy_n(sums.grads(first + i), c, grad_out + i * c);
+          add.backward(first, count, by_context, c);
+        }
+        for (int64_t i = 0; i < count; i++) {
+          A *const gc = by_context + i * c, *const by_x = gates + i * c;
+          if (weight) {
+            const auto sample = pool.sample(first + i);
+            context_gradient<T>(team, chunks,
+                                {a.x, a.grad, a.grad_x, first + i, c, far, fetch, by_x, sample.context, gc, weight},
+                                sample.attention, attention + (first + i) * shares);
+          } else {
+            for_lanes<A>(c, [=](int64_t j, auto lanes) { store(gc + j, load(gc + j, lanes) / A(hw), lanes); });
+            scale_and_shift<T>(team, a.grad, a.grad_x, first + i, c, hw, far, by_x, gc);
+          }
+        }
+      });
   if (scale.r) scale.gradients(context, n, pool.contexts, a.grads.transforms[kScale], w.dtype);
   if (add.r) add.gradients(context, n, pool.contexts, a.grads.transforms[kAdd], w.dtype);
   if (!weight) return;
