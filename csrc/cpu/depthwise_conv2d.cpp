@@ -1,5 +1,6 @@
 // The depthwise convolution on the CPU, and of each plane of its result the sum.
 #include "depthwise.h"
+#include "depthwise_halves.h"
 #include "depthwise_planes.h"
 #include "dispatch.h"
 
@@ -102,10 +103,13 @@ struct Forward : Depthwise<T> {
   void run(const Map& x, const Map& y, void* to) const {
     A* sums = static_cast<A*>(to);
     const bool overlap = in_place({x, y});
+    const bool slow = shape.out_w <= 8 && takes_call(activation);  // as measured
     if constexpr (std::is_same_v<T, float>) {
-      const bool slow = shape.out_w <= 8 && takes_call(activation);  // as measured
       if (!overlap && !slow && planes_fit(shape, x, y) && has_finite_weights(shape, weight))
         return convolve_planes(context, shape, weight, bias, activation, x, y, sums);
+    } else if constexpr (sizeof(T) == 2) {
+      if (!overlap && !slow && halves_fit(shape, x, y) && has_finite_weights(shape, weight))
+        return convolve_halves<T>(context, shape, weight, bias, activation, x, y, sums);
     }
     const int64_t cut = !overlap ? gathered_bands() : sums ? sum_bands() : shape.out_h;
     const int64_t blocks = groups() * shape.multiplier;

@@ -298,10 +298,11 @@ struct Planes {
   }
 };
 
-__attribute__((noinline)) inline void write_plane(const float* from, float* to, int64_t pixels, Activation activation,
-                                                  bool past_caches) {
-  write_row<float>(to, pixels, past_caches,
-                   [=](int64_t p, auto lanes) CONVBLOCKS_LOOP { return activate(load(from + p, lanes), activation); });
+template <class T>
+__attribute__((noinline)) void write_plane(const float* from, T* to, int64_t pixels, Activation activation,
+                                           bool past_caches) {
+  write_row<T>(to, pixels, past_caches,
+               [=](int64_t p, auto lanes) CONVBLOCKS_LOOP { return activate(load(from + p, lanes), activation); });
 }
 
 template <int P, int K>
@@ -351,18 +352,24 @@ void convolve_planes(const Context& context, const DepthwiseConv2dShape& s, cons
   });
 }
 
+// Calls f with how many planes share a vector and with the size of the filter, as constants.
+template <class F>
+void with_planes(const DepthwiseConv2dShape& s, F f) {
+  const std::integral_constant<int, 1> one;
+  const std::integral_constant<int, 3> three;
+#if defined(__AVX512F__)
+  if (s.kernel_h == 3 && s.out_w <= Planes<2, 3>::kWidth) return f(std::integral_constant<int, 2>{}, three);
+#endif
+  if (s.kernel_h == 3) return f(one, three);
+  if (s.kernel_h == 5) return f(one, std::integral_constant<int, 5>{});
+  f(one, std::integral_constant<int, 7>{});
+}
+
 inline void convolve_planes(const Context& context, const DepthwiseConv2dShape& s, const float* weight,
                             const float* bias, Activation activation, const Map& x, const Map& y, float* sums) {
-  const auto run = [&]<int K>(std::integral_constant<int, K>) {
-    auto convolve = convolve_planes<1, K>;
-#if defined(__AVX512F__)
-    if (K == 3 && s.out_w <= Planes<2, 3>::kWidth) convolve = convolve_planes<2, 3>;
-#endif
-    convolve(context, s, weight, bias, activation, x, y, sums);
-  };
-  if (s.kernel_h == 3) return run(std::integral_constant<int, 3>{});
-  if (s.kernel_h == 5) return run(std::integral_constant<int, 5>{});
-  run(std::integral_constant<int, 7>{});
+  with_planes(s, [&]<int P, int K>(std::integral_constant<int, P>, std::integral_constant<int, K>) {
+    convolve_planes<P, K>(context, s, weight, bias, activation, x, y, sums);
+  });
 }
 #else
 inline bool planes_fit(const DepthwiseConv2dShape&, const Map&, const Map&) { return false; }

@@ -120,6 +120,38 @@ def test_planes(
 
 
 @pytest.mark.parametrize("backend", ["cpu"], indirect=True)
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("kernel", [3, 5])
+@pytest.mark.parametrize("stride", [1, 2])
+@pytest.mark.parametrize("activation", ["none", "relu6", "silu"])
+@pytest.mark.parametrize("strange", [None, "x", "weight"])
+def test_planes_of_halves(
+    dtype: torch.dtype, kernel: int, stride: int, activation: str, strange: str | None, backend: str, device: str
+) -> None:
+    """Rounded once, and not before their sums are taken."""
+    for multiplier, height, width in ((1, 5, 17), (2, 13, 14), (1, 112, 113)):
+        values = {
+            "x": torch.randn(2, 3, height, width, device=device, dtype=dtype),
+            "weight": torch.randn(3 * multiplier, 1, kernel, kernel, device=device, dtype=dtype),
+        }
+        if strange is not None:
+            values[strange][-1, -1, -1, -1] = float("inf")
+        got, expected = (
+            depthwise_conv2d(*tensors, stride=stride, padding="same", activation=activation, sums=True)
+            for tensors in (values.values(), [t.double() for t in values.values()])
+        )
+        ulp = 2.0**-8 if dtype == torch.bfloat16 else 2.0**-11
+        torch.testing.assert_close(got[0].double(), expected[0], rtol=1.01 * ulp, atol=2e-5, equal_nan=True)
+        torch.testing.assert_close(got[1].double(), expected[1], rtol=1e-5, atol=1e-2, equal_nan=True)
+        alone, _ = depthwise_conv2d(
+            values["x"][1:], values["weight"], stride=stride, padding="same", activation=activation, sums=True
+        )
+        assert torch.equal(alone.view(torch.int16), got[0][1:].view(torch.int16))
+        one = depthwise_conv2d(*values.values(), stride=stride, padding="same", activation=activation)
+        assert torch.equal(one.view(torch.int16), got[0].view(torch.int16))
+
+
+@pytest.mark.parametrize("backend", ["cpu"], indirect=True)
 @pytest.mark.parametrize("stride", [1, 2])
 def test_a_sample_is_as_it_is_alone(stride: int, backend: str, device: str) -> None:
     """Among so many that the caches do not hold them."""
