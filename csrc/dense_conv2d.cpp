@@ -217,8 +217,8 @@ struct DenseConv2d {
     if (residual.has_value() && !to_other.tensor.is_same(grads[4])) grads[4].copy_(to_other.tensor);
     const auto all =
         gradients({grad_z, grad_scale, grad_shift, grads[4]}, x, weight, scale, shift, stride, padding, dilation, true);
-    grads[0].copy_(std::get<0>(all));
-    grads[1].copy_(std::get<1>(all));
+    take_grad(grads[0], std::get<0>(all));
+    take_grad(grads[1], std::get<1>(all));
     if (scale.has_value()) grads[2] = grad_scale;
     if (shift.has_value()) grads[3] = grad_shift;
   }

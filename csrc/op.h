@@ -90,6 +90,13 @@ inline void append_grad(Grads& grads, const std::optional<Tensor>& t) {
 }
 template <class T>
 void append_grad(Grads&, const T&) {}
+// A gradient that was computed elsewhere, laid out as is promised.
+inline void take_grad(Tensor& grad, const Tensor& computed) {
+  if (computed.strides() == grad.strides())
+    grad = computed;
+  else
+    grad.copy_(computed);
+}
 
 template <class Op, class Function = decltype(&Op::formula), class Backward = decltype(&Op::backward_formula)>
 struct Operator;

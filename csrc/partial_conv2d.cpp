@@ -99,7 +99,7 @@ struct PartialConv2d {
                            const Tensor& weight) {
     const auto [grad_first, grad_weight] =
         convolved_backward(arranged(grad, weight), arranged(x, weight), weight, true);
-    grads[1].copy_(grad_weight);
+    take_grad(grads[1], grad_weight);
     call_shuffle(kernel, grads[0], {grad_first, rest(grad, weight)}, 1, false);
   }
 };
