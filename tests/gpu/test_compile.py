@@ -219,8 +219,7 @@ def cuda_objects() -> list[Path]:
 
 
 def test_cuda(cuda_objects: list[Path]) -> None:
-    for file in cuda_objects:
-        usage = sass.local_bytes(file)
-        assert usage
-        local = {kernel: size for kernel, size in usage.items() if size}
-        assert not local, f"{file.name}: {local}"
+    usage = {(f.name, *kernel): size for f in cuda_objects for kernel, size in sass.local_bytes(f).items()}
+    assert len(usage) >= len(KERNELS)  # some files only call the kernels of others
+    local = {kernel: size for kernel, size in usage.items() if size}
+    assert not local
