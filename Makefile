@@ -40,8 +40,8 @@ test: lint build ## All that can be proved on a machine without a GPU (CI runs t
 	$(call pytest,1-main) tests
 	TRITON_INTERPRET=1 CONVBLOCKS_TEST_BACKENDS=triton $(call pytest,2-triton) tests/ops tests/gpu
 	CONVBLOCKS_TEST_BACKENDS=cuda CONVBLOCKS_TEST_CUDA=$$($(PYTHON) -m tests.gpu.emulator plain) $(call pytest,3-cuda) tests/ops
-	[ "$$($(PYTHON) -c $(OWN_ISA))" = AVX2 ] || ATEN_CPU_CAPABILITY=avx2 CONVBLOCKS_TEST_BACKENDS=cpu $(call pytest,4-avx2) tests/ops -k "parity or test_dense_conv2d"
-	ATEN_CPU_CAPABILITY=default CONVBLOCKS_TEST_BACKENDS=cpu $(call pytest,5-baseline) tests/ops -k "parity or test_dense_conv2d"
+	[ "$$($(PYTHON) -c $(OWN_ISA))" = AVX2 ] || ATEN_CPU_CAPABILITY=avx2 CONVBLOCKS_TEST_BACKENDS=cpu $(call pytest,4-avx2) tests/ops -k "parity or test_dense_conv2d or halves"
+	ATEN_CPU_CAPABILITY=default CONVBLOCKS_TEST_BACKENDS=cpu $(call pytest,5-baseline) tests/ops -k "parity or test_dense_conv2d or halves"
 	@$(PYTHON) .ci/summary.py build/reports/*.xml
 
 test-slow: build ## What takes minutes or gigabytes

@@ -119,7 +119,7 @@ std::tuple<Tensor, Tensor> convolution_gradients(const Tensor& grad, const Tenso
     const auto two = [](const Tensor& t) { return at::cat({t, at::zeros_like(t)}); };
     const auto [grad_x, grad_weight] =
         convolution_gradients(two(grad), two(x), weight, stride, padding, dilation, groups, real);
-    return {grad_x.narrow(0, 0, 1), grad_weight};
+    return {grad_x.narrow(0, 0, 1).clone(), grad_weight};  // not a part of more memory
   }
   const auto in = [&](at::ScalarType dtype) {
     auto [grad_x, grad_weight, none] =

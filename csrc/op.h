@@ -90,7 +90,7 @@ inline void append_grad(Grads& grads, const std::optional<Tensor>& t) {
 }
 template <class T>
 void append_grad(Grads&, const T&) {}
-// A gradient that was computed elsewhere, laid out as is promised.
+// A gradient that was computed elsewhere: as it is where it lies as is promised, else copied.
 inline void take_grad(Tensor& grad, const Tensor& computed) {
   if (computed.strides() == grad.strides())
     grad = computed;

@@ -210,3 +210,10 @@ def test_gradient_of_maps_that_the_stride_exceeds(size: tuple[int, ...], backend
         dense_conv2d(x, weight, stride=stride, padding=1).sum().backward()
         torch.testing.assert_close(weight.grad.double(), expected, rtol=0.02, atol=0.02)
         weight.grad = None
+
+
+@pytest.mark.parametrize("backend", ["cpu"], indirect=True)
+def test_gradient_of_a_single_pixel_is_all_that_its_memory_holds(backend: str) -> None:
+    x, weight = torch.randn(1, 70, 5, 5, requires_grad=True), torch.randn(20, 70, 5, 5)
+    (grad,) = torch.autograd.grad(dense_conv2d(x, weight).sum(), x)
+    assert grad.untyped_storage().nbytes() == grad.nbytes

@@ -1,5 +1,7 @@
 from __future__ import annotations
 
+import functools
+
 import pytest
 import torch
 from torch import nn
@@ -128,27 +130,25 @@ def test_planes(
 def test_planes_of_halves(
     dtype: torch.dtype, kernel: int, stride: int, activation: str, strange: str | None, backend: str, device: str
 ) -> None:
-    """Rounded once, and not before their sums are taken."""
-    for multiplier, height, width in ((1, 5, 17), (2, 13, 14), (1, 112, 113)):
-        values = {
-            "x": torch.randn(2, 3, height, width, device=device, dtype=dtype),
-            "weight": torch.randn(3 * multiplier, 1, kernel, kernel, device=device, dtype=dtype),
-        }
+    """Rounded once, and not before their sums are taken; of a slice of channels, and of bands that are all padding."""
+    rounding = 2.0**-8 if dtype == torch.bfloat16 else 2.0**-11
+    tall = (1, 2, 40, 2000)
+    for channels, multiplier, height, width, padding in (
+        *((2, 1, 5, 17, 2), (3, 2, 13, 14, 1), (3, 1, 112, 113, "same")),
+        *((1, 1, 70, 130, 1), (3, 1, 900, 13, 1), (3, 1, 30, 13, tall)),
+    ):
+        x = torch.randn(2, channels + 1, height, width, device=device, dtype=dtype)[:, 1:]
+        weight = torch.randn(channels * multiplier, 1, kernel, kernel, device=device, dtype=dtype)
+        bias = torch.randn(channels * multiplier, device=device, dtype=dtype)
         if strange is not None:
-            values[strange][-1, -1, -1, -1] = float("inf")
-        got, expected = (
-            depthwise_conv2d(*tensors, stride=stride, padding="same", activation=activation, sums=True)
-            for tensors in (values.values(), [t.double() for t in values.values()])
-        )
-        ulp = 2.0**-8 if dtype == torch.bfloat16 else 2.0**-11
-        torch.testing.assert_close(got[0].double(), expected[0], rtol=1.01 * ulp, atol=2e-5, equal_nan=True)
-        torch.testing.assert_close(got[1].double(), expected[1], rtol=1e-5, atol=1e-2, equal_nan=True)
-        alone, _ = depthwise_conv2d(
-            values["x"][1:], values["weight"], stride=stride, padding="same", activation=activation, sums=True
-        )
-        assert torch.equal(alone.view(torch.int16), got[0][1:].view(torch.int16))
-        one = depthwise_conv2d(*values.values(), stride=stride, padding="same", activation=activation)
-        assert torch.equal(one.view(torch.int16), got[0].view(torch.int16))
+            {"x": x, "weight": weight}[strange][-1, -1, -1, -1] = float("inf")
+        convolve = functools.partial(depthwise_conv2d, stride=stride, padding=padding, activation=activation)
+        y, sums = convolve(x, weight, bias, sums=True)
+        exact, exact_sums = convolve(x.double(), weight.double(), bias.double(), sums=True)
+        torch.testing.assert_close(y.double(), exact, rtol=1.01 * rounding, atol=2e-5, equal_nan=True)
+        torch.testing.assert_close(sums.double(), exact_sums, rtol=1e-5, atol=1e-2, equal_nan=True)
+        for same, like in ((convolve(x, weight, bias), y), (convolve(x[1:], weight, bias), y[1:])):
+            torch.testing.assert_close(same, like, rtol=0, atol=0, equal_nan=True)
 
 
 @pytest.mark.parametrize("backend", ["cpu"], indirect=True)
