@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -54,7 +55,26 @@ def test_the_time_asked_for_is_kept() -> None:
     timing = interleave({"nothing": call}, CpuClock(), 0.05, most=10**6)["nothing"]
     assert 7 < timing.n < 10**6
     assert 0 < timing.min < 1e-5
-    assert calls * timing.min > timing.n * CpuClock.shortest / 4  # repeated, to fill a sample
+    assert calls > timing.n
+
+
+@pytest.mark.parametrize(("seconds", "repeats"), [(1e-4, 33), (5e-3, 2), (0.1, 1)])
+def test_how_often_a_sample_calls(seconds: float, repeats: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Short calls until the sample is long enough, and one before it that is not timed; long ones once."""
+    now, calls = 0.0, 0
+
+    def call() -> None:
+        nonlocal now, calls
+        now += seconds
+        calls += 1
+
+    monkeypatch.setattr("bench.timing.time", SimpleNamespace(perf_counter=lambda: now))
+    for fewest in (7, 8):
+        before, calls = calls, 0
+        timing = interleave({"call": call}, CpuClock(), 0, fewest=fewest)["call"]
+        assert timing.n == fewest
+        assert timing.min == pytest.approx(seconds)
+    assert calls - before == repeats
 
 
 def test_a_busy_machine_gets_more_time(monkeypatch: pytest.MonkeyPatch) -> None:
